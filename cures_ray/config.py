@@ -1,0 +1,243 @@
+"""The configuration: every key a user can set, with its default, its unit and its bounds.
+
+Quantities carry units in their names: prompts, rollouts, tokens, seconds, MiB. Unknown keys are errors
+that suggest the nearest name (``config_load.py``). Cross-field rules that need arithmetic are in
+``Config.check_batch``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Method = Literal["uniform", "cures", "gvm", "dapo", "speed", "mopps", "reinforce_ada", "knapsack"]
+Advantage = Literal[
+    "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "posterior_loo", "raft_pp"
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    path: str = ""  # a Hugging Face folder or Hub name
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class DataConfig(Section):
+    train: str = ""  # JSONL, Parquet, or a Hugging Face dataset name ("name" or "name:split")
+    eval: str | None = None
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    level_key: str | None = "level"  # difficulty column: reports by level, priors by level
+    system_prompt: str | None = None
+    max_prompt_tokens: int = Field(1024, ge=1)
+    max_eval_prompts: int | None = Field(None, ge=1)
+    seed: int = 0
+
+
+class CurriculumConfig(Section):
+    method: Method = "cures"
+    sampling: Literal["potential", "uniform"] = "potential"  # CurES sampling on / off
+    allocation: Literal["sigma", "rloo_gain", "cost_aware", "uniform"] = "sigma"  # CurES allocation
+    draw: Literal["with_replacement", "epoch"] = "with_replacement"  # "epoch" only with uniform sampling
+    prompts_per_step: int = Field(32, ge=1)  # m
+    rollouts_per_step: int = Field(256, ge=1)  # N
+    n_min: int = Field(2, ge=0)
+    n_max: int = Field(32, ge=1)
+    tau: float | None = Field(None, gt=0)  # fixed temperature; None: steered to target_ess_fraction
+    target_ess_fraction: float = Field(0.5, gt=0, le=1)
+    importance_weight_power: float = Field(0.0, ge=0, le=1)  # kappa
+    sigma: Literal["bernoulli", "last_layer"] = "bernoulli"
+    # beliefs
+    prior_alpha: float = Field(1.0, gt=0)
+    prior_beta: float = Field(1.0, gt=0)
+    prior_from: Literal["constant", "level", "predictor"] = "constant"
+    prior_strength: float = Field(2.0, gt=0)  # alpha + beta of a level or predictor prior
+    belief: Literal["reset", "discount", "none"] = "discount"
+    belief_draw: Literal["mean", "thompson"] = "mean"
+    discount: float = Field(0.95, gt=0, le=1)  # lambda per observation of the prompt, and per lag version
+    subsets: int = Field(1, ge=1)  # T of Algorithm 1, used by belief=reset
+    subset_steps: int = Field(10, ge=1)  # M of Algorithm 1
+    pilot_rollouts: int = Field(0, ge=0)  # N'
+    train_on_pilots: bool = False
+    # relatives
+    gvm_alpha: float = Field(1e-3, gt=0)
+    gvm_beta: float = Field(2.0, ge=0)
+    dapo_max_rounds: int = Field(4, ge=1)  # max_num_gen_batches
+    speed_screen_rollouts: int = Field(4, ge=1)
+    speed_continue_rollouts: int = Field(20, ge=1)
+    mopps_pool_factor: int = Field(8, ge=1)  # candidates per drawn prompt
+    mopps_target: float = Field(0.5, gt=0, lt=1)
+    ada_round_rollouts: int = Field(8, ge=1)
+    ada_max_rounds: int = Field(4, ge=1)
+    ada_keep_rollouts: int = Field(4, ge=2)
+    snapshot_every: int = Field(50, ge=1)  # committed batches between ledger snapshots
+
+
+class RolloutConfig(Section):
+    num_generators: int = Field(1, ge=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1)
+    max_new_tokens: int = Field(256, ge=1)
+    stop: list[str] = []
+    gpu_memory_utilization: float = Field(0.85, gt=0, lt=1)
+    kv_cache_mib: int | None = Field(None, ge=16)  # CPU: KV cache size; None: chosen from the model
+    max_concurrent_rollouts: int = Field(256, ge=1)  # per generator, vLLM's max_num_seqs
+    enforce_eager: bool = False
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: learner.dtype
+    timeout_s: float = Field(600.0, gt=0)  # deadline of one lease
+
+
+class AlgoConfig(Section):
+    advantage: Advantage = "rloo"
+    advantage_std_eps: float = Field(1e-6, gt=0)
+    loss: Literal["clip", "decoupled", "cispo", "gspo", "reinforce"] = "decoupled"
+    loss_length: Literal["constant", "sequence", "token"] = "constant"  # L: constant | |y| | tokens of batch
+    clip_eps_low: float = Field(0.2, gt=0)
+    clip_eps_high: float = Field(0.2, gt=0)
+    is_correction: Literal["none", "tis", "mis"] = "tis"  # engine mismatch and staleness
+    is_cap: float = Field(2.0, gt=1)
+    kl_coef: float = Field(0.0, ge=0)
+    kl_in_reward: bool = False  # REINFORCE++: subtract k1 from the reward instead of adding k3 to the loss
+    updates_per_batch: int = Field(1, ge=1)  # optimizer steps on one batch (PPO epochs)
+    overlong_penalty_tokens: int = Field(0, ge=0)  # DAPO soft overlong punishment over the last tokens
+
+
+class AsyncConfig(Section):
+    max_staleness: int = Field(1, ge=0)  # eta; 0 is synchronous training on the same loop
+    in_flight_updates: bool = True  # weights change under running requests; False: drain first
+
+
+class LearnerConfig(Section):
+    num_ranks: int = Field(1, ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    lr: float = Field(1e-6, gt=0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_tokens_per_rank: int = Field(16384, ge=1)  # padded tokens of one micro-batch
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    cpus_per_rank: float = Field(1.0, gt=0)
+
+
+class VerifierConfig(Section):
+    fn: str = "math"  # "math", "code", "module:function" or "file.py:function"
+    num_workers: int = Field(1, ge=1)  # actors
+    processes_per_worker: int = Field(1, ge=1)
+    timeout_s: float = Field(5.0, gt=0)
+    max_rss_mb: int = Field(1024, ge=128)
+    format_reward: float = Field(0.0, ge=0, le=1)
+
+
+class WeightsConfig(Section):
+    backend: Literal["auto", "shm", "nccl", "ipc"] = "auto"  # auto: shm on CPU, nccl on GPUs, ipc colocated
+    canary_tolerance: float | None = Field(None, gt=0)  # nats; None: 1e-3 in float32, 0.5 in bfloat16
+    canary_prompts: int = Field(4, ge=1)
+
+
+class PlacementConfig(Section):
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    colocate: bool = False  # generators and learner share GPUs
+    use_gpu: Literal["auto", "yes", "no"] = "auto"
+    generator_cpus: float = Field(1.0, gt=0)
+    verifier_cpus: float = Field(1.0, ge=0)
+    timeout_s: float = Field(30.0, gt=0)
+
+
+class EvalConfig(Section):
+    interval: int = Field(10, ge=0)  # optimizer steps; 0: never
+    samples_per_prompt: int = Field(0, ge=0)  # besides greedy
+    before_training: bool = True
+
+
+class CheckpointConfig(Section):
+    dir: str = "runs/default"
+    interval: int = Field(50, ge=0)  # optimizer steps; 0: only at the end
+    resume: str = "auto"  # auto | none | PATH
+    keep: int = Field(2, ge=1)
+    export_final: bool = True
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = True
+    jsonl: bool = True
+    wandb: bool = False
+    progress: Literal["auto", "live", "lines", "off"] = "auto"
+    histogram_interval: int = Field(5, ge=1)
+
+
+class TrainerConfig(Section):
+    steps: int = Field(100, ge=1)
+    rollout_budget: int | None = Field(None, ge=1)  # stop when this many rollouts are planned, all charged
+    seed: int = 0
+    no_progress_timeout_s: float = Field(900.0, gt=0)
+
+
+class RayConfig(Section):
+    address: str | None = None  # None: connect to a running cluster if RAY_ADDRESS says so, else start one
+    num_cpus: int | None = Field(None, ge=1)  # logical CPUs of a cluster that is started here
+    num_gpus: int | None = Field(None, ge=0)
+    dashboard: bool = False
+    object_store_mb: int = Field(512, ge=80)
+
+
+class Config(Section):
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algo: AlgoConfig = AlgoConfig()
+    async_rl: AsyncConfig = AsyncConfig()
+    learner: LearnerConfig = LearnerConfig()
+    verifier: VerifierConfig = VerifierConfig()
+    weights: WeightsConfig = WeightsConfig()
+    placement: PlacementConfig = PlacementConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def check_batch(self) -> Config:
+        """Refuse a batch that no integer allocation can satisfy, with the arithmetic shown."""
+        c, a = self.curriculum, self.algo
+        m, n = c.prompts_per_step, c.rollouts_per_step
+        if c.n_min > c.n_max:
+            raise ValueError(f"curriculum.n_min = {c.n_min} is larger than curriculum.n_max = {c.n_max}")
+        if m * c.n_min > n:
+            raise ValueError(
+                f"unsatisfiable batch: prompts_per_step x n_min = {m} x {c.n_min} = {m * c.n_min} rollouts is "
+                f"more than rollouts_per_step = {n}; raise rollouts_per_step to {m * c.n_min} or lower "
+                f"prompts_per_step to {n // c.n_min}"
+            )
+        if c.n_max < n / m:
+            raise ValueError(
+                f"unsatisfiable batch: prompts_per_step x n_max = {m} x {c.n_max} = {m * c.n_max} rollouts is "
+                f"less than rollouts_per_step = {n}; raise n_max to {-(-n // m)} or more"
+            )
+        needs_pair = a.advantage in ("grpo", "rloo", "dr_grpo", "reinforce_pp_baseline")
+        smallest = n // m if c.method == "uniform" or c.allocation == "uniform" else c.n_min
+        if needs_pair and smallest < 2:
+            raise ValueError(
+                f"algo.advantage = {a.advantage} compares rollouts of one prompt and needs n_min >= 2, but the "
+                f"smallest group here is {smallest}; use curriculum.n_min = 2, or algo.advantage = posterior_loo"
+            )
+        if c.draw == "epoch" and c.method == "cures" and c.sampling != "uniform":
+            raise ValueError("curriculum.draw = epoch needs curriculum.sampling = uniform")
+        if c.method == "gvm" and c.pilot_rollouts == 0:
+            raise ValueError("curriculum.method = gvm needs curriculum.pilot_rollouts >= 1 (the paper uses 4)")
+        if c.belief == "reset" and c.pilot_rollouts == 0:
+            raise ValueError("curriculum.belief = reset (Algorithm 1) needs curriculum.pilot_rollouts >= 1")
+        return self

@@ -1,0 +1,306 @@
+"""The typed messages that driver, ledger, generators, verifiers and learner exchange.
+
+Control messages are small and travel by value. Rollout payloads (token ids, log-probabilities) travel
+behind an opaque handle (`PayloadHandle`): with Ray it is an ``ObjectRef``, in unit tests the object
+itself; the driver only passes it on.
+
+One rollout's life: *planned* -> *leased* -> *generated* -> *verified* -> *trained* | *discarded(reason)*.
+Conservation, stated once (asserted by ``Accounting.check``):
+
+    planned = trained + sum(discarded.values()) + in_flight      (all counted in rollouts)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+PayloadHandle = Any  # ray.ObjectRef[RolloutGroup] in production, a RolloutGroup in unit tests
+
+
+class Discard(StrEnum):
+    """Why a rollout that was planned did not enter an optimizer step. Every one is charged as cost."""
+
+    PILOT = "pilot"  # spent on estimating accuracy (CurES, GVM) and not trained on
+    SCREENED = "screened"  # SPEED-RL: the screen found nothing to learn
+    FILTERED = "filtered"  # DAPO: all rewards equal; Reinforce-Ada: not in the balanced subset
+    SURPLUS = "surplus"  # verified, but the batch was already full
+    STALE = "stale"  # oldest token more than max_staleness versions behind
+    VERIFIER_FAULT = "verifier_fault"  # timeout, crash or unparsable gold: neither right nor wrong
+    GENERATION_FAULT = "generation_fault"  # the engine refused or failed this request
+    LOST = "lost"  # its generator, verifier or payload died; the lease was issued again
+    INTERRUPTED = "interrupted"  # the run stopped or was resumed before it was trained
+
+
+class Outcome(StrEnum):
+    CORRECT = "correct"
+    INCORRECT = "incorrect"
+    FAULT = "fault"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One verified rollout. A fault is not a wrong answer: it touches neither belief nor advantage."""
+
+    outcome: Outcome
+    reward: float = 0.0  # in [0, 1]; meaningless for faults
+    detail: str = ""  # fault reason or parsed answer, at most 200 characters
+    seconds: float = 0.0  # verifier wall time
+
+    @property
+    def is_fault(self) -> bool:
+        return self.outcome is Outcome.FAULT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """A promise to generate ``n`` rollouts of one prompt for one batch.
+
+    ``(lease_id, attempt)`` is the settlement key: a lease whose generator dies is issued again under the
+    next attempt, and settlements of earlier attempts change nothing.
+    """
+
+    lease_id: int
+    attempt: int
+    prompt_index: int  # row in the prompt table
+    prompt_id: str  # content hash, 16 hexadecimal digits
+    n: int  # rollouts to generate; varies per lease, never fixed
+    batch: int  # the optimizer step that this lease is planned for (0-based)
+    round: int  # 0, 1, ... within the batch: multi-round methods (pilots, screens, resampling)
+    weight: float  # the prompt's weight in the objective: W_i * c_i / m (ALGORITHMS.md 3.1)
+    alpha: float  # Beta posterior of the prompt when the batch was planned: before this step's evidence
+    beta: float
+    policy_version: int  # version when leased
+    seed: int  # rollout j samples with a seed derived from (seed, j)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One completion. L = completion length in tokens."""
+
+    token_ids: np.ndarray  # int32 [L], the stop token included where one was sampled
+    logprobs: np.ndarray  # float32 [L], log-probability of each sampled token under the sampling policy
+    finish_reason: str  # "stop" | "length"
+    min_version: int  # policy version of the oldest token
+    max_version: int
+    text: str  # decoded without special tokens, for the verifier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """All rollouts of one lease; the payload behind a PayloadHandle."""
+
+    lease_id: int
+    attempt: int
+    prompt_token_ids: np.ndarray  # int32 [P]
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSummary:
+    """What the driver and the ledger need to know of a RolloutGroup without fetching it. n = rollouts."""
+
+    lease_id: int
+    attempt: int
+    prompt_tokens: int
+    completion_tokens: np.ndarray  # int32 [n]
+    truncated: np.ndarray  # bool [n], finish_reason == "length"
+    min_version: np.ndarray  # int32 [n]
+    max_version: np.ndarray  # int32 [n]
+    generator: str
+    seconds: float  # wall time from submission to the last token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRow:
+    """One row of the prompt table as it is sent to generators and verifiers."""
+
+    prompt_id: str
+    text: str  # rendered by the chat template
+    token_ids: np.ndarray  # int32 [P]
+    answer: str
+    row: dict[str, Any] = field(default_factory=dict)  # the remaining columns, for reward functions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """What a generator is asked: ``n`` samples of one prompt. ``greedy`` is for evaluation (n = 1)."""
+
+    prompt: PromptRow
+    n: int
+    seed: int
+    lease_id: int = -1  # -1: evaluation, no lease
+    attempt: int = 0
+    greedy: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """The verified outcome of one lease attempt, driver -> ledger. n = rollouts generated.
+
+    Faulty entries of ``rewards`` are ignored. Generation that failed as a whole settles with
+    ``fault`` all true and reason GENERATION_FAULT.
+    """
+
+    lease_id: int
+    attempt: int
+    rewards: np.ndarray  # float32 [n]
+    fault: np.ndarray  # bool [n]
+    completion_tokens: np.ndarray  # int32 [n]
+    min_version: np.ndarray  # int32 [n]
+    generate_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    fault_reason: Discard = Discard.VERIFIER_FAULT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettleReply:
+    accepted: bool  # False: settled before, or a lost attempt; nothing changed
+    ready_batch: int | None = None  # set when this settlement completed the last round of a batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchEntry:
+    """One lease of a finished batch and which of its rollouts the method trains on. n = rollouts."""
+
+    lease: Lease
+    rewards: np.ndarray  # float32 [n]
+    keep: np.ndarray  # bool [n]: in the loss. False entries are discarded with ``drop_reason``
+    drop_reason: Discard = Discard.FILTERED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """A batch whose rounds are all settled, ledger -> driver. Order is (prompt draw order, round)."""
+
+    batch: int
+    prompts: int  # m, distinct draws included with multiplicity; the denominator of the objective
+    entries: tuple[BatchEntry, ...]
+    metrics: dict[str, float]  # tau, ess, distinct prompts, largest n, ... of the draw
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingGroup:
+    """One prompt of a training batch: a payload and its per-rollout numbers. n = rollouts."""
+
+    lease_id: int
+    payload: PayloadHandle
+    rollout_index: np.ndarray  # int32 [k] rows of the payload's rollouts that are trained, k <= n
+    rewards: np.ndarray  # float32 [k]
+    advantages: np.ndarray  # float32 [k], a rollout's tokens share one advantage
+    weights: np.ndarray  # float32 [k], loss weight per *token* of rollout: W_i/(m * n_i * L)
+    prompt_tokens: int
+    completion_tokens: np.ndarray  # int32 [k]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingBatch:
+    step: int  # 0-based optimizer step; the policy version before the step
+    groups: tuple[TrainingGroup, ...]
+
+    @property
+    def rollouts(self) -> int:
+        return sum(len(g.rollout_index) for g in self.groups)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientStatistics:
+    """Output-layer score statistics of one lease, summed so that they can be merged (ALGORITHMS.md 1.5).
+
+    s_j is the token-summed score of rollout j; classes are reward > 0.5 (plus) and the rest (minus).
+    """
+
+    lease_id: int
+    n_plus: int
+    n_minus: int
+    sum_sq_plus: float  # sum over plus of |s|^2
+    sum_sq_minus: float
+    sq_sum_plus: float  # |sum over plus of s|^2
+    sq_sum_minus: float
+    dot: float  # (sum over plus of s) . (sum over minus of s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What the learner group tells of one optimizer step."""
+
+    step: int
+    metrics: dict[str, float]  # loss, grad_norm, lr, kl, clip_fraction, is_ratio, seconds, tokens, flops
+    gradient_statistics: tuple[GradientStatistics, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightUpdate:
+    """A published set of weights, learner -> generators. Small: the tensors stay where ``info`` says."""
+
+    version: int
+    info: dict[str, Any]  # backend-specific: {"path": ...} for shm, rendezvous data for nccl and ipc
+    canary_token_ids: tuple[np.ndarray, ...]  # int32 [T_k] fixed sequences
+    canary_logprobs: tuple[np.ndarray, ...]  # float32 [T_k - 1], of tokens 1.. under the learner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncReport:
+    """A generator's answer to a WeightUpdate."""
+
+    generator: str
+    version: int
+    canary_max_error: float  # max |log p_generator - log p_learner| in nats
+    seconds_paused: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitReport:
+    """How a batch ended, driver -> ledger: the rollouts that entered optimizer step ``batch``.
+
+    Every rollout of the batch that is not in ``trained`` is discarded with the reason in ``discarded``
+    (lease_id -> reason -> count), or the entry's own drop_reason.
+    """
+
+    batch: int
+    trained: dict[int, int]  # lease_id -> rollouts
+    discarded: dict[int, dict[Discard, int]]
+    gradient_statistics: tuple[GradientStatistics, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class Accounting:
+    """Rollout counts; the conservation invariant lives here and nowhere else."""
+
+    planned: int = 0
+    trained: int = 0
+    discarded: dict[Discard, int] = field(default_factory=dict)
+    in_flight: int = 0
+
+    def check(self) -> None:
+        """Raise AssertionError unless planned = trained + discarded + in flight."""
+        ended = self.trained + sum(self.discarded.values())
+        if self.planned != ended + self.in_flight or self.in_flight < 0:
+            raise AssertionError(f"rollout accounting broken: {self}")
+
+    def line(self) -> str:
+        reasons = ", ".join(f"{k.value} {v}" for k, v in sorted(self.discarded.items())) or "none"
+        return (
+            f"planned {self.planned} = trained {self.trained} + discarded {sum(self.discarded.values())} "
+            f"({reasons}) + in flight {self.in_flight}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerStatus:
+    accounting: Accounting
+    committed_batches: int
+    metrics: dict[str, float]  # scalars of the curriculum: tau, ess, belief mean, collapse warning, ...
+    histograms: dict[str, np.ndarray]  # "belief_mean" [<=10000 sampled prompts], "n_by_lease", "p_by_lease"
+
+
+class RunError(RuntimeError):
+    """A failure that ends the run with a message for the user: what, where and what to do."""
+
+
+class ConfigError(RunError):
+    """Bad configuration, data or environment, found before any actor starts."""
