@@ -1,0 +1,153 @@
+"""Where a run's numbers go: JSONL, TensorBoard, Weights & Biases, and one progress view on the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from cures_ray.config import Config
+
+Metrics = dict[str, float]
+
+# (heading, metric, format): the columns of the progress view
+COLUMNS = [
+    ("step", "step", "{:.0f}"),
+    ("held-out", "eval/greedy_accuracy", "{:.3f}"),
+    ("reward", "rollout/reward", "{:.3f}"),
+    ("stale", "staleness/mean", "{:.2f}"),
+    ("tok/s", "rollout/tokens_per_s", "{:.0f}"),
+    ("idle L", "time/learner_idle_s", "{:.1f}s"),
+    ("idle G", "time/generator_idle_s", "{:.1f}s"),
+    ("tau", "curriculum/tau", "{:.3g}"),
+    ("ESS", "curriculum/ess_fraction", "{:.2f}"),
+    ("in flight", "accounting/in_flight", "{:.0f}"),
+    ("trained", "accounting/trained", "{:.0f}"),
+    ("discarded", "accounting/discarded", "{:.0f}"),
+]
+
+
+class RunLog:
+    """The driver's Observer. Files are appended to, so that a resumed run continues its curves."""
+
+    def __init__(self, config: Config, run_dir: Path, out: TextIO | None = None) -> None:
+        self.run_dir, self.total = run_dir, config.trainer.steps
+        self._jsonl = (run_dir / "metrics.jsonl").open("a") if config.logging.jsonl else None
+        self._tensorboard = _tensorboard(run_dir) if config.logging.tensorboard else None
+        self._wandb = _wandb(config, run_dir) if config.logging.wandb else None
+        self._view = ProgressView(config.logging.progress, self.total, out or sys.stdout)
+
+    def step(self, step: int, metrics: Metrics, histograms: dict[str, np.ndarray]) -> None:
+        if self._jsonl:
+            self._jsonl.write(json.dumps({"step": step, "time": time.time(), **_plain(metrics)}) + "\n")
+            self._jsonl.flush()
+        if self._tensorboard:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+            for name, values in histograms.items():
+                if len(values):
+                    self._tensorboard.add_histogram(name, values, step)
+            _accuracy_picture(self._tensorboard, histograms, step)
+            self._tensorboard.flush()
+        if self._wandb:
+            self._wandb.log(_plain(metrics), step=step)
+        self._view.step(step, metrics)
+
+    def note(self, text: str) -> None:
+        self._view.note(text)
+        if self._jsonl:
+            self._jsonl.write(json.dumps({"time": time.time(), "note": text}) + "\n")
+
+    def close(self) -> None:
+        self._view.close()
+        for sink in (self._jsonl, self._tensorboard):
+            if sink:
+                sink.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+class ProgressView:
+    """One view: a live table on a terminal, aligned lines in a file."""
+
+    def __init__(self, mode: str, total: int, out: TextIO) -> None:
+        self.mode = ("live" if out.isatty() else "lines") if mode == "auto" else mode
+        self.total, self.out, self.latest, self.lines = total, out, {}, 0
+        self._recent: list[list[str]] = []
+        self._live: Live | None = None
+        if self.mode == "live":
+            self._live = Live(console=Console(file=out), refresh_per_second=4)
+            self._live.start()
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        self.latest: Metrics = {**self.latest, **metrics, "step": float(step)}
+        if "rollout/reward" not in metrics and "eval/greedy_accuracy" in metrics:
+            return self.note(f"version {step}: held-out accuracy {metrics['eval/greedy_accuracy']:.3f}")
+        cells = [fmt.format(self.latest[key]) if key in self.latest else "-" for _, key, fmt in COLUMNS]
+        cells[0] += f"/{self.total}"
+        if self._live:
+            self._recent = [*self._recent, cells][-12:]
+            self._live.update(self._table())
+        elif self.mode == "lines":
+            if self.lines % 20 == 0:
+                self._print("  ".join(f"{heading:>9}" for heading, _, _ in COLUMNS))
+            self.lines += 1
+            self._print("  ".join(f"{cell:>9}" for cell in cells))
+
+    def note(self, text: str) -> None:
+        if self._live:
+            self._live.console.print(text)
+        elif self.mode == "lines":
+            self._print(text)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+
+    def _print(self, text: str) -> None:
+        print(text, file=self.out, flush=True)
+
+    def _table(self) -> Table:
+        table = Table(*[heading for heading, _, _ in COLUMNS], box=None, pad_edge=False)
+        for cells in self._recent:
+            table.add_row(*cells)
+        return table
+
+
+def _plain(metrics: Metrics) -> dict[str, float]:
+    return {k: float(v) for k, v in metrics.items()}
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"))
+
+
+def _wandb(config: Config, run_dir: Path) -> Any:
+    import wandb  # optional dependency; preflight has checked that it imports
+
+    return wandb.init(project="cures-ray", dir=str(run_dir), config=config.model_dump())
+
+
+def _accuracy_picture(writer: Any, histograms: dict[str, np.ndarray], step: int) -> None:
+    """Rollouts against accuracy (the paper's Fig. 4) as one small picture."""
+    n, p = histograms.get("n_by_lease"), histograms.get("p_by_lease")
+    if n is None or p is None or not len(n):
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 3), layout="tight")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.scatter(p, n, s=10, alpha=0.5)
+    axes.set(xlabel="believed accuracy", ylabel="rollouts", xlim=(0, 1))
+    writer.add_figure("curriculum/rollouts_against_accuracy", figure, step)
