@@ -1,0 +1,14 @@
+.PHONY: setup demo test lint
+PY := .venv/bin/python
+
+setup:
+	@bash scripts/setup.sh
+
+demo: setup
+	@$(PY) -m actors.demo
+
+test: setup
+	@$(PY) -m pytest tests
+
+lint: setup
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
