@@ -34,6 +34,20 @@ class WorkerLost(RuntimeError):
     """A worker (or a payload that lived in it) is gone; the work may be given to another."""
 
 
+class CanaryFailed(RuntimeError):
+    """After a weight sync a generator's log-probabilities are not the learner's: its weights are wrong."""
+
+    def __init__(self, generator: str, version: int, max_error: float, tolerance: float) -> None:
+        super().__init__(generator, version, max_error, tolerance)
+        self.generator, self.version, self.max_error, self.tolerance = generator, version, max_error, tolerance
+
+    def __str__(self) -> str:
+        return (
+            f"canary failed: after loading weights version {self.version}, generator {self.generator} differs from "
+            f"the learner by up to {self.max_error:.3g} nats per token (weights.canary_tolerance {self.tolerance:g})"
+        )
+
+
 class LedgerPort(Protocol):
     """The curriculum's only writer. All calls are idempotent or keyed by (lease_id, attempt)."""
 
