@@ -1,0 +1,94 @@
+"""``cures eval MODEL --data FILE``: held-out accuracy of a Hugging Face folder with plain ``vllm.LLM``.
+
+No code of the trainer runs here but the data loader and the verifier, so it checks an exported model
+independently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from cures_ray.config import DataConfig, ModelConfig, VerifierConfig
+from cures_ray.data import PromptTable, load_prompts, load_tokenizer
+from cures_ray.messages import ConfigError, Verdict
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="cures eval", description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="Hugging Face folder or name")
+    parser.add_argument("--data", required=True, help="JSONL, Parquet or data set name")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-prompt-tokens", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=1, help="1: greedy; more: that many draws at temperature 1")
+    parser.add_argument("--verifier", default="math", help='"math", "code" or "module:function"')
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    args = parser.parse_args(argv)
+    if args.samples < 1:
+        raise ConfigError(f"--samples = {args.samples}: at least 1 is needed")
+    tokenizer = load_tokenizer(ModelConfig(path=args.model))
+    data = DataConfig(train=args.data, eval=args.data, max_prompt_tokens=args.max_prompt_tokens)
+    prompts = load_prompts(data, tokenizer, "eval")
+    texts = _generate(args, prompts)
+    result = _score(prompts, texts, VerifierConfig(fn=args.verifier))
+    print(json.dumps(result, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def _generate(args: argparse.Namespace, prompts: PromptTable) -> list[list[str]]:
+    """Completions per prompt."""
+    import torch
+
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    engine = LLM(
+        model=args.model,
+        dtype=args.dtype,
+        max_model_len=args.max_prompt_tokens + args.max_new_tokens,
+        enforce_eager=cpu,
+        disable_log_stats=True,
+        **({"kv_cache_memory_bytes": 256 << 20} if cpu else {}),
+    )
+    temperature = 0.0 if args.samples == 1 else 1.0
+    params = SamplingParams(temperature=temperature, n=args.samples, max_tokens=args.max_new_tokens, seed=0)
+    rows = [prompts.row(i) for i in range(len(prompts))]
+    outputs = engine.generate([TokensPrompt(prompt_token_ids=r.token_ids.tolist()) for r in rows], params)
+    return [[c.text for c in o.outputs] for o in outputs]
+
+
+def _score(prompts: PromptTable, texts: list[list[str]], verifier: VerifierConfig) -> dict[str, object]:
+    from cures_ray.verify_pool import VerifyItem, VerifyPool
+
+    items = [
+        VerifyItem(prompt=prompts.row(i), completion=text) for i, completions in enumerate(texts) for text in completions
+    ]
+    pool = VerifyPool(verifier)
+    try:
+        verdicts: list[Verdict] = pool.verify(items)
+    finally:
+        pool.close()
+    owner = [i for i, completions in enumerate(texts) for _ in completions]
+    rewards = np.array([np.nan if v.is_fault else v.reward for v in verdicts])
+    result: dict[str, object] = {
+        "accuracy": float(np.nanmean(rewards)),
+        "prompts": len(prompts),
+        "completions": len(items),
+        "faults": int(np.isnan(rewards).sum()),
+    }
+    if prompts.levels is not None:
+        by_level: dict[str, list[float]] = defaultdict(list)
+        for i, reward in zip(owner, rewards, strict=True):
+            by_level[f"{prompts.levels[i]:g}"].append(float(reward))
+        result["by_level"] = {k: float(np.nanmean(v)) for k, v in sorted(by_level.items())}
+    return result

@@ -1,0 +1,237 @@
+"""Workers that play the driver's ports in one process: a simulated model whose accuracies are known."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+
+from cures_ray.config import Config
+from cures_ray.curriculum import Curriculum
+from cures_ray.driver import Driver, Ports
+from cures_ray.messages import (
+    GenerationRequest,
+    GroupSummary,
+    Outcome,
+    PromptRow,
+    Rollout,
+    RolloutGroup,
+    StepReport,
+    SyncReport,
+    TrainingBatch,
+    Verdict,
+    WeightUpdate,
+)
+from cures_ray.ports import CanaryFailed, WorkerLost
+
+
+def small_config(**sections: dict) -> Config:
+    """m = 8 prompts, N = 32 rollouts, 6 steps, staleness 1; ``sections`` override."""
+    base = {
+        "curriculum": {"prompts_per_step": 8, "rollouts_per_step": 32, "n_min": 2, "n_max": 16},
+        "async_rl": {"max_staleness": 1},
+        "trainer": {"steps": 6, "no_progress_timeout_s": 20.0},
+        "eval": {"interval": 0},
+        "checkpoint": {"interval": 0},
+        "rollout": {"max_new_tokens": 16},
+    }
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    return Config.model_validate(base)
+
+
+class Prompts:
+    """``count`` prompts whose accuracies run from 0 to 1."""
+
+    def __init__(self, count: int = 64) -> None:
+        self.accuracy = np.linspace(0.0, 1.0, count)
+        self.ids = np.arange(1, count + 1, dtype=np.uint64)
+        self.levels = (np.arange(count) % 4).astype(np.float64)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def row(self, index: int) -> PromptRow:
+        tokens = np.array([1, 2, 3], dtype=np.int32)
+        return PromptRow(
+            prompt_id=f"{index + 1:016x}", text="q", token_ids=tokens, answer="right", row={"index": index}
+        )
+
+
+class LocalLedger:
+    """LedgerPort over the real state machine, in this process."""
+
+    def __init__(self, config: Config, prompts: Prompts) -> None:
+        self.curriculum = Curriculum(config, prompts.ids, prompts.levels, None)
+
+    async def lease(self, worker, max_rollouts, version):
+        return self.curriculum.lease(worker, max_rollouts, version)
+
+    async def settle(self, settlement):
+        return self.curriculum.settle(settlement)
+
+    async def give_back(self, keys, reason):
+        self.curriculum.give_back(keys, reason)
+
+    async def plan(self, batch):
+        return self.curriculum.plan(batch)
+
+    async def commit(self, report):
+        return self.curriculum.commit(report)
+
+    async def status(self):
+        return self.curriculum.status()
+
+    async def save(self, folder: Path) -> None:
+        self.curriculum.save(folder)
+
+
+class FakeGenerator:
+    """Answers right with the prompt's accuracy. ``die_after``: requests until it is lost for good;
+    ``canary_error``: what its canary measures; ``hang``: never answers."""
+
+    def __init__(self, name: str, prompts: Prompts, *, seconds: float = 0.001) -> None:
+        self.name, self.prompts, self.seconds = name, prompts, seconds
+        self.version = -1
+        self.die_after: int | None = None
+        self.canary_error, self.hang, self.time_out = 0.0, False, False
+        self.active, self.most_active = 0, 0
+
+    async def generate(self, request: GenerationRequest) -> tuple[GroupSummary, RolloutGroup]:
+        if self.die_after is not None:
+            self.die_after -= 1
+            if self.die_after < 0:
+                raise WorkerLost(f"{self.name} was killed")
+        if self.time_out and request.lease_id % 5 == 0:
+            raise TimeoutError
+        began = self.version
+        self.active += 1
+        self.most_active = max(self.most_active, self.active)
+        await asyncio.sleep(3600 if self.hang else self.seconds)
+        self.active -= 1
+        rng = np.random.default_rng(request.seed)
+        index = request.prompt.row["index"]
+        right = rng.random(request.n) < (self.prompts.accuracy[index] if not request.greedy else 0.5)
+        rollouts = tuple(
+            Rollout(
+                token_ids=np.array([4, 5, 6], np.int32),
+                logprobs=np.full(3, -1.0, np.float32),
+                finish_reason="stop",
+                min_version=began,
+                max_version=self.version,
+                text="right" if ok else "wrong",
+            )
+            for ok in right
+        )
+        key = {"lease_id": request.lease_id, "attempt": request.attempt}
+        summary = GroupSummary(
+            **key,
+            prompt_tokens=3,
+            completion_tokens=np.full(request.n, 3, np.int32),
+            truncated=np.zeros(request.n, bool),
+            min_version=np.full(request.n, began, np.int32),
+            max_version=np.full(request.n, self.version, np.int32),
+            generator=self.name,
+            seconds=self.seconds,
+        )
+        return summary, RolloutGroup(**key, prompt_token_ids=request.prompt.token_ids, rollouts=rollouts)
+
+    async def update_weights(self, update: WeightUpdate) -> SyncReport:
+        await asyncio.sleep(0)
+        if self.canary_error > 1e-3:
+            raise CanaryFailed(f"canary differs by {self.canary_error} at version {update.version}")
+        self.version = update.version
+        return SyncReport(
+            generator=self.name, version=update.version, canary_max_error=0.0, seconds_paused=0.0, seconds=0.0
+        )
+
+
+class FakeFleet:
+    def __init__(self, prompts: Prompts, count: int = 1, seconds: float = 0.001) -> None:
+        self.prompts, self.seconds = prompts, seconds
+        self.members = {f"g{i}": FakeGenerator(f"g{i}", prompts, seconds=seconds) for i in range(count)}
+        self.replaced: list[str] = []
+        self.replacement_canary_error = 0.0
+
+    def generators(self) -> list[FakeGenerator]:
+        return list(self.members.values())
+
+    async def replace(self, name: str, why: str) -> FakeGenerator:
+        self.replaced.append(why)
+        await asyncio.sleep(0.01)
+        self.members[name] = FakeGenerator(name, self.prompts, seconds=self.seconds)
+        self.members[name].canary_error = self.replacement_canary_error
+        return self.members[name]
+
+
+class FakeVerifier:
+    """``fault_every``: each such item ends as a fault."""
+
+    def __init__(self, fault_every: int = 0) -> None:
+        self.fault_every, self.seen = fault_every, 0
+
+    async def verify(self, payload: RolloutGroup, prompt: PromptRow) -> list[Verdict]:
+        await asyncio.sleep(0)
+        return [self._verdict(r.text == prompt.answer) for r in payload.rollouts]
+
+    def _verdict(self, right: bool) -> Verdict:
+        self.seen += 1
+        if self.fault_every and self.seen % self.fault_every == 0:
+            return Verdict(outcome=Outcome.FAULT, detail="timeout")
+        return Verdict(outcome=Outcome.CORRECT if right else Outcome.INCORRECT, reward=float(right))
+
+
+class FakeLearner:
+    """Keeps the batches it was given; looks at ``fleet`` while it trains."""
+
+    def __init__(self, fleet: FakeFleet, seconds: float = 0.0) -> None:
+        self.fleet, self.seconds = fleet, seconds
+        self.batches: list[TrainingBatch] = []
+        self.active_while_training: list[int] = []
+
+    async def train(self, batch: TrainingBatch) -> StepReport:
+        self.batches.append(batch)
+        await asyncio.sleep(self.seconds)
+        self.active_while_training.append(sum(g.active for g in self.fleet.generators()))
+        return StepReport(step=batch.step, metrics={"loss": 0.0})
+
+    async def publish(self, version: int) -> WeightUpdate:
+        return WeightUpdate(version=version, info={}, canary_token_ids=(), canary_logprobs=())
+
+    async def transmit(self, update: WeightUpdate) -> None:
+        return None
+
+    async def save(self, folder: Path) -> None:
+        (folder / "steps").write_text(str(len(self.batches)))
+
+    async def export(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+
+
+class Recorder:
+    """Observer that keeps everything."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, dict[str, float]]] = []
+        self.notes: list[str] = []
+
+    def step(self, step, metrics, histograms) -> None:
+        self.steps.append((step, metrics))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class World:
+    """A complete fake run: ``await world.driver.run()``."""
+
+    def __init__(
+        self, config: Config, *, generators: int = 1, seconds: float = 0.001, learn_seconds: float = 0.0, **driver
+    ) -> None:
+        self.config, self.prompts = config, Prompts()
+        self.ledger = LocalLedger(config, self.prompts)
+        self.fleet = FakeFleet(self.prompts, generators, seconds)
+        self.verifier, self.learner, self.observer = FakeVerifier(), FakeLearner(self.fleet, learn_seconds), Recorder()
+        ports = Ports(ledger=self.ledger, fleet=self.fleet, verifier=self.verifier, learner=self.learner)
+        self.driver = Driver(config, self.prompts, ports, self.observer, **driver)
