@@ -183,8 +183,12 @@ class Run:
         )
 
     def _backend(self) -> str:
-        spec = self.placement.roles["learner"]
-        return resolve_backend(self.config, on_gpu=spec.gpus > 0, colocated=self.config.placement.colocate)
+        """Ray's GPUs may be logical ones on a CPU host: the learner's node is asked whether CUDA is there."""
+        on_gpu = self.placement.roles["learner"].gpus > 0
+        if on_gpu:
+            probe = ray.remote(_has_cuda).options(**self.placement.options("learner", 0))
+            on_gpu = ray.get(probe.remote(), timeout=self.config.placement.timeout_s + 60)
+        return resolve_backend(self.config, on_gpu=on_gpu, colocated=self.config.placement.colocate)
 
     def _ledger(self) -> Any:
         inputs = self.inputs
@@ -233,6 +237,12 @@ class Run:
         self.placement.remove()
         shutil.rmtree(self.shm, ignore_errors=True)
         self.log.close()
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _load_history(checkpoint: Path) -> list[tuple[int, dict[str, float]]]:

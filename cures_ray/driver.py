@@ -108,7 +108,7 @@ class Driver:
         self.version = version
         self._evaluate, self._save_checkpoint = evaluate, save_checkpoint
         self._slots: dict[str, Slot] = {}
-        self._groups: dict[int, VerifiedGroup] = {}  # lease_id -> verified, not yet trained
+        self._groups: dict[tuple[int, int], VerifiedGroup] = {}  # (lease_id, attempt) -> verified, not yet trained
         self._ready = asyncio.Event()
         self._update: WeightUpdate | None = None
         self._evaluation: asyncio.Task[Metrics] | None = None
@@ -125,7 +125,7 @@ class Driver:
             async with asyncio.TaskGroup() as self._tasks:
                 watchdog = self._tasks.create_task(self._watchdog())
                 await self._publish(self.version)
-                await self._evaluate_at(self.version, first=True)
+                await self._evaluate_at(self.version, first=self.version == 0)
                 await self._train_loop()
                 for task in [watchdog, *self._loop_tasks]:
                     task.cancel()
@@ -207,11 +207,9 @@ class Driver:
         )
         self._tokens += int(summary.completion_tokens.sum())
         self._verify_seconds += verify_seconds
-        self._groups[lease.lease_id] = (summary, payload, fault)  # before the reply: the batch may be ready
+        self._groups[lease.lease_id, lease.attempt] = (summary, payload, fault)  # the reply may make the batch ready
         reply = await self.ports.ledger.settle(settlement)
         self._progress(f"lease {lease.lease_id} settled")
-        if not reply.accepted and self._groups.get(lease.lease_id, (None,))[0] is summary:
-            del self._groups[lease.lease_id]
         if reply.ready_batch is not None:
             self._ready.set()
 
@@ -232,7 +230,8 @@ class Driver:
             if plan is None:
                 break
             idle = time.monotonic() - began
-            batch, commit = assemble(plan, self._groups, self.config, step)
+            groups = self._take_groups(plan)
+            batch, commit = assemble(plan, groups, self.config, step)
             self._doing = f"learner: optimizer step {step}"
             report = await self.ports.learner.train(batch) if batch.rollouts else _skipped(step)
             self._progress(f"optimizer step {step}")
@@ -241,9 +240,7 @@ class Driver:
                 replace(commit, gradient_statistics=report.gradient_statistics)
             )
             accounting.check()
-            metrics = step_metrics(plan, self._groups, report, accounting, step) | self._measured(idle)
-            for entry in plan.entries:
-                self._groups.pop(entry.lease.lease_id, None)
+            metrics = step_metrics(plan, groups, report, accounting, step) | self._measured(idle)
             began = time.monotonic()
             await self._publish(step + 1)
             metrics["time/weight_sync_s"] = time.monotonic() - began
@@ -271,6 +268,17 @@ class Driver:
                     return None
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._ready.wait(), timeout=1.0)
+
+    def _take_groups(self, plan: BatchPlan) -> dict[int, VerifiedGroup]:
+        """The plan's verified groups by lease id; also drops payloads of attempts that the ledger refused."""
+        groups = {}
+        for entry in plan.entries:
+            key = (entry.lease.lease_id, entry.lease.attempt)
+            if key in self._groups:
+                groups[key[0]] = self._groups[key]
+            for attempt in range(entry.lease.attempt + 1):
+                self._groups.pop((key[0], attempt), None)
+        return groups
 
     async def _publish(self, version: int) -> None:
         """Learner -> generators. No lease is handed out until a generator has proven ``version``."""

@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+from fakes import FakeFleet, FakeVerifier, Prompts
+
+from cures_ray.evaluate import Evaluator
+from cures_ray.messages import RunError
+
+
+def ready(fleet: FakeFleet):
+    for generator in fleet.members.values():
+        generator.version = 3
+    return fleet.generators
+
+
+async def test_greedy_and_sampled_accuracy_are_reported_by_level():
+    prompts = Prompts(40)
+    metrics = await Evaluator(prompts, FakeVerifier(), samples_per_prompt=50)(3, ready(FakeFleet(prompts)))
+    assert metrics["eval/version"] == 3
+    assert metrics["eval/sampled_accuracy"] == pytest.approx(prompts.accuracy.mean(), abs=0.05)
+    by_level = [metrics[f"eval/sampled_accuracy/level_{k}"] for k in range(4)]
+    expected = [prompts.accuracy[prompts.levels == k].mean() for k in range(4)]
+    assert np.allclose(by_level, expected, atol=0.1)
+
+
+async def test_the_draws_are_the_same_at_every_version():
+    prompts = Prompts(20)
+    evaluator = Evaluator(prompts, FakeVerifier(), samples_per_prompt=4)
+    generators = ready(FakeFleet(prompts))
+    first, second = await evaluator(1, generators), await evaluator(2, generators)
+    assert {**first, "eval/version": 0} == {**second, "eval/version": 0}
+    assert [version for version, _ in evaluator.history] == [1, 2]
+
+
+async def test_faults_are_counted_and_left_out_of_the_mean():
+    prompts = Prompts(20)
+    prompts.accuracy[:] = 1.0
+    verifier = FakeVerifier(fault_every=5)
+    metrics = await Evaluator(prompts, verifier, samples_per_prompt=1)(0, ready(FakeFleet(prompts)))
+    assert metrics["eval/sampled_accuracy"] == 1.0
+    assert metrics["eval/greedy_faults"] == 4
+
+
+async def test_a_prompt_of_a_lost_generator_goes_to_another():
+    prompts = Prompts(10)
+    fleet = FakeFleet(prompts, 2)
+    fleet.members["g0"].die_after = 0
+    metrics = await Evaluator(prompts, FakeVerifier())(0, ready(fleet))
+    assert metrics["eval/greedy_faults"] == 0
+
+
+async def test_an_evaluation_without_any_generator_ends_with_an_error(monkeypatch):
+    monkeypatch.setattr("cures_ray.evaluate.RETRIES", 1)
+    with pytest.raises(RunError, match="could not be generated"):
+        await Evaluator(Prompts(3), FakeVerifier())(0, lambda: [])

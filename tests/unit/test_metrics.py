@@ -1,0 +1,56 @@
+import io
+import json
+
+import numpy as np
+from fakes import small_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cures_ray.metrics import ProgressView, RunLog
+from cures_ray.run_picture import draw_run, read_metrics
+
+RECORD = {"rollout/reward": 0.5, "staleness/mean": 0.25, "curriculum/tau": 0.1, "accounting/in_flight": 64.0}
+
+
+def test_every_step_lands_in_jsonl_and_tensorboard_with_histograms(tmp_path):
+    log = RunLog(small_config(), tmp_path, io.StringIO())
+    picture = {"n_by_lease": np.array([2, 9]), "p_by_lease": np.array([0.1, 0.5]), "belief_mean": np.linspace(0, 1, 9)}
+    log.step(1, RECORD, {})
+    log.step(2, RECORD, picture)
+    log.note("a note")
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("step") for line in lines] == [1, 2, None] and lines[0]["curriculum/tau"] == 0.1
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("rollout/reward")] == [1, 2]
+    assert "belief_mean" in events.Tags()["histograms"]
+    assert "curriculum/rollouts_against_accuracy" in events.Tags()["images"]
+
+
+def test_the_progress_view_is_readable_when_output_is_a_file():
+    out = io.StringIO()
+    view = ProgressView("auto", 40, out)
+    view.step(0, {"eval/greedy_accuracy": 0.31})
+    view.step(1, RECORD)
+    view.note("generator-0 lost")
+    text = out.getvalue()
+    assert "\x1b" not in text
+    heading, row = text.splitlines()[1:3]
+    assert "held-out" in heading and "in flight" in heading
+    assert row.split()[:3] == ["1/40", "0.310", "0.500"]
+    assert "generator-0 lost" in text
+
+
+def test_a_resumed_run_continues_its_log(tmp_path):
+    for step in (1, 2):
+        log = RunLog(small_config(), tmp_path, io.StringIO())
+        log.step(step, RECORD, {})
+        log.close()
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_run_has_a_picture(tmp_path):
+    log = RunLog(small_config(), tmp_path, io.StringIO())
+    log.step(1, RECORD | {"eval/greedy_accuracy": 0.2}, {})
+    log.close()
+    assert draw_run(tmp_path).read_bytes().startswith(b"\x89PNG")

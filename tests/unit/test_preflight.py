@@ -1,0 +1,53 @@
+import json
+
+import pytest
+from fakes import small_config
+
+from cures_ray.messages import ConfigError
+from cures_ray.preflight import claim
+
+
+def config(folder, **checkpoint):
+    return small_config(
+        model={"path": "m"}, data={"train": "d"}, checkpoint={"dir": str(folder), "interval": 0, **checkpoint}
+    )
+
+
+def test_a_fresh_folder_is_claimed_and_says_what_runs_in_it(tmp_path):
+    assert claim(tmp_path / "run", config(tmp_path / "run")) == (None, [])
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["identity"]["model.path"] == "m" and record["config"]["trainer"]["steps"] == 6
+
+
+def test_a_folder_that_holds_another_run_is_refused_and_says_what_differs(tmp_path):
+    claim(tmp_path, config(tmp_path))
+    other = small_config(model={"path": "other"}, data={"train": "d"}, checkpoint={"dir": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"model\.path: m there, other here"):
+        claim(tmp_path, other)
+
+
+def test_a_run_is_never_overwritten_without_resume(tmp_path):
+    claim(tmp_path, config(tmp_path))
+    with pytest.raises(ConfigError, match="holds a run already"):
+        claim(tmp_path, config(tmp_path, resume="none"))
+
+
+def test_a_folder_with_files_of_an_unknown_run_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="unknown run"):
+        claim(tmp_path, config(tmp_path))
+
+
+def test_a_file_in_the_place_of_the_folder_is_explained(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        claim(tmp_path / "run", config(tmp_path / "run"))
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_over_and_keeps_its_logs(tmp_path):
+    claim(tmp_path, config(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "ledger").mkdir()
+    assert claim(tmp_path, config(tmp_path))[0] is None
+    assert not (tmp_path / "ledger").exists()
+    assert sorted(p.name for p in (tmp_path / "abandoned-1").iterdir()) == ["ledger", "metrics.jsonl"]
