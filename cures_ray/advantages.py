@@ -1,0 +1,136 @@
+"""Advantages of variable-size groups, and the loss weight of a token (ALGORITHMS.md 2 and 3).
+
+A group is *all* rollouts of one prompt in the batch: whoever calls merges the leases of a prompt first.
+``n_i`` differs between groups, so everything is a list of arrays; nothing is ever reshaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Groups = list[np.ndarray]  # one float array [n_i] a prompt
+
+
+def _raw(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
+    """REINFORCE: A = r."""
+    return [np.array(r) for r in rewards]
+
+
+def _dr_grpo(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
+    """Dr.GRPO (2503.20783): A = r - mean. Shrinks the gradient by (n-1)/n, by definition of the method."""
+    return [r - r.mean() if len(r) else r for r in rewards]
+
+
+def _grpo(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
+    """GRPO (2402.03300): A = (r - mean) / (std + eps), std over the n rewards (divided by n)."""
+    return [(r - r.mean()) / (r.std() + eps) if len(r) else r for r in rewards]
+
+
+def _rloo(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
+    """RLOO (2402.14740): r minus the mean of the others = n/(n-1) (r - mean). A lone rollout has no
+    baseline and gets 0."""
+    return [(r - r.mean()) * (len(r) / (len(r) - 1)) if len(r) > 1 else np.zeros_like(r) for r in rewards]
+
+
+def _reinforce_pp(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
+    """REINFORCE++ (2501.03262): rewards whitened over the global batch."""
+    return _whiten(rewards, eps)
+
+
+def _reinforce_pp_baseline(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
+    """REINFORCE++-baseline: the group mean first, then whitening over the global batch."""
+    return _whiten(_dr_grpo(rewards, alpha, beta, eps), eps)
+
+
+def _posterior_loo(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
+    """Posterior leave-one-out: b_j = (alpha0 + sum of the other rewards) / (alpha0 + beta0 + n - 1).
+
+    ``alpha``, ``beta`` are the belief from *before* this step, so b_j does not depend on r_j: unbiased for
+    every n, n = 1 included, and tends to RLOO as n grows (ALGORITHMS.md 3.2).
+    """
+    return [
+        r - (a + r.sum() - r) / (a + b + len(r) - 1) if len(r) else r
+        for r, a, b in zip(rewards, alpha, beta, strict=True)
+    ]
+
+
+def _raft_pp(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
+    """RAFT++ (2504.11343): only correct rollouts (r > 0.5), A = r."""
+    return [np.where(r > 0.5, r, 0.0) for r in rewards]
+
+
+ADVANTAGES: dict[str, Callable[[Groups, np.ndarray, np.ndarray, float], Groups]] = {
+    "grpo": _grpo,
+    "dr_grpo": _dr_grpo,
+    "rloo": _rloo,
+    "reinforce_pp": _reinforce_pp,
+    "reinforce_pp_baseline": _reinforce_pp_baseline,
+    "posterior_loo": _posterior_loo,
+    "raft_pp": _raft_pp,
+}
+
+# Advantages that end in a batch whitening, and what they are before it. With `algo.kl_in_reward` the learner
+# subtracts the KL reward-to-go from these and whitens over all tokens of the batch (losses.token_advantages).
+BEFORE_WHITENING = {"reinforce_pp": _raw, "reinforce_pp_baseline": _dr_grpo}
+
+
+def compute_advantages(
+    name: str,
+    rewards: Sequence[np.ndarray],
+    alpha: np.ndarray,
+    beta: np.ndarray,
+    std_eps: float = 1e-6,
+    *,
+    whiten: bool = True,
+) -> Groups:
+    """Advantages of g groups: ``rewards`` [n_i] each, ``alpha`` and ``beta`` [g] the Beta belief before the step.
+
+    ``whiten=False`` leaves out the final batch whitening of REINFORCE++ and its -baseline.
+    Raises KeyError for an unknown name (the configuration admits none).
+    """
+    function = ADVANTAGES[name] if whiten else BEFORE_WHITENING.get(name, ADVANTAGES[name])
+    return function([np.asarray(r, np.float64) for r in rewards], alpha, beta, std_eps)
+
+
+def token_weights(
+    loss_length: str, prompt_weights: np.ndarray, lengths: Sequence[np.ndarray], max_new_tokens: int
+) -> Groups:
+    """The loss weight of each token of each rollout, W_i c_i / (m n_i L): one array [n_i] a prompt.
+
+    ``prompt_weights`` [g] is W_i c_i / m (Lease.weight), ``lengths`` the completion lengths of the n_i trained
+    rollouts of each prompt. L by ``loss_length``:
+
+    - constant: ``max_new_tokens`` (Dr.GRPO; unbiased in length),
+    - sequence: the rollout's own length (GRPO),
+    - token: one L for the whole batch, its mean completion length with each prompt at its weight. At equal
+      n_i this is DAPO's mean over all tokens; at unequal n_i a prompt still counts W_i and not n_i.
+    """
+    share = [w / max(len(n), 1) for w, n in zip(prompt_weights, lengths, strict=True)]  # W_i c_i / (m n_i)
+    if loss_length == "constant":
+        return [np.full(len(n), s / max_new_tokens) for s, n in zip(share, lengths, strict=True)]
+    if loss_length == "sequence":
+        return [s / np.maximum(n, 1) for s, n in zip(share, lengths, strict=True)]
+    if loss_length == "token":
+        total = sum(s * float(n.sum()) for s, n in zip(share, lengths, strict=True))
+        trained = sum(float(w) for w, n in zip(prompt_weights, lengths, strict=True) if len(n))
+        mean_length = max(total / trained, 1.0) if trained > 0 else 1.0
+        return [np.full(len(n), s / mean_length) for s, n in zip(share, lengths, strict=True)]
+    raise ValueError(f"unknown loss_length {loss_length!r}: constant, sequence or token")
+
+
+def overlong_penalty(lengths: np.ndarray, max_new_tokens: int, penalty_tokens: int) -> np.ndarray:
+    """DAPO's soft overlong punishment (2503.14476, eq. 13), in [-1, 0], added to the reward: falls linearly
+    over the last ``penalty_tokens`` tokens before ``max_new_tokens``; 0 tokens switch it off."""
+    if not penalty_tokens:
+        return np.zeros(len(lengths))
+    return -np.clip((lengths - (max_new_tokens - penalty_tokens)) / penalty_tokens, 0.0, 1.0)
+
+
+def _whiten(values: Groups, eps: float) -> Groups:
+    """(A - mean) / (std + eps) over all rollouts of the batch."""
+    together = np.concatenate(values) if values else np.zeros(0)
+    if not len(together):
+        return values
+    return [(v - together.mean()) / (together.std() + eps) for v in values]

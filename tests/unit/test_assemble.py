@@ -1,0 +1,128 @@
+"""From batch plans to training batches: who is trained, who is not and why, and the shared baselines."""
+
+import numpy as np
+import pytest
+
+from cures_ray.assemble import assemble
+from cures_ray.config import AlgoConfig, AsyncConfig, Config, RolloutConfig
+from cures_ray.messages import BatchEntry, BatchPlan, Discard, GroupSummary, Lease, RunError
+
+
+def config(**algo):
+    return Config(
+        algo=AlgoConfig(**algo), async_rl=AsyncConfig(max_staleness=1), rollout=RolloutConfig(max_new_tokens=10)
+    )
+
+
+def entry(lease_id, rewards, *, prompt="a", keep=None, weight=0.5, alpha=1.0, beta=1.0, reason=Discard.FILTERED):
+    n = len(rewards)
+    lease = Lease(
+        lease_id=lease_id, attempt=0, prompt_index=0, prompt_id=prompt, n=n, batch=3, round=0, weight=weight,
+        alpha=alpha, beta=beta, policy_version=2, seed=0,
+    )  # fmt: skip
+    mask = np.ones(n, bool) if keep is None else np.array(keep, bool)
+    return BatchEntry(lease=lease, rewards=np.array(rewards, np.float32), keep=mask, drop_reason=reason)
+
+
+def group(lease_id, n, *, fault=(), versions=None, length=5, payload="payload"):
+    summary = GroupSummary(
+        lease_id=lease_id, attempt=0, prompt_tokens=4, completion_tokens=np.full(n, length, np.int32),
+        truncated=np.zeros(n, bool), min_version=np.full(n, 3) if versions is None else np.array(versions),
+        max_version=np.full(n, 3), generator="g", seconds=1.0,
+    )  # fmt: skip
+    mask = np.zeros(n, bool)
+    mask[list(fault)] = True
+    return summary, payload, mask
+
+
+def run(entries, groups, **algo):
+    plan = BatchPlan(batch=3, prompts=2, entries=tuple(entries), metrics={})
+    batch, report = assemble(plan, groups, config(**algo), version=3)
+    for one in entries:  # conservation, for every case in this file
+        ended = report.trained[one.lease.lease_id] + sum(report.discarded.get(one.lease.lease_id, {}).values())
+        assert ended == len(one.rewards)
+    assert batch.rollouts == sum(report.trained.values())
+    return batch, report
+
+
+def test_a_plain_group_is_trained_whole_zero_variance_included():
+    batch, report = run([entry(1, [1, 0, 1]), entry(2, [0, 0], prompt="b")], {1: group(1, 3), 2: group(2, 2)})
+    assert report.trained == {1: 3, 2: 2} and report.discarded == {}
+    assert batch.step == 3 and [g.lease_id for g in batch.groups] == [1, 2]
+    assert batch.groups[0].advantages == pytest.approx([0.5, -1, 0.5])
+    assert batch.groups[0].weights == pytest.approx([0.5 / 3 / 10] * 3)
+    assert batch.groups[1].advantages == pytest.approx(0)
+
+
+def test_a_fault_is_not_a_wrong_answer():
+    batch, report = run([entry(1, [1, 0, 0])], {1: group(1, 3, fault=[1])})
+    assert report.discarded == {1: {Discard.VERIFIER_FAULT: 1}}
+    assert batch.groups[0].rollout_index.tolist() == [0, 2]
+    assert batch.groups[0].advantages == pytest.approx([1, -1])  # n_i is 2
+    assert batch.groups[0].weights == pytest.approx([0.5 / 2 / 10] * 2)
+
+
+def test_a_failed_generation_and_a_lost_payload_are_accounted():
+    batch, report = run([entry(1, [0, 0]), entry(2, [0], prompt="b")], {1: group(1, 2, fault=[0, 1], payload=None)})
+    assert report.discarded == {1: {Discard.GENERATION_FAULT: 2}, 2: {Discard.LOST: 1}}
+    assert batch.rollouts == 0 and batch.groups == ()
+
+
+def test_rollouts_behind_the_staleness_bound_are_dropped_and_leave_the_baseline():
+    batch, report = run([entry(1, [1, 0, 0])], {1: group(1, 3, versions=[2, 3, 1])})
+    assert report.discarded == {1: {Discard.STALE: 1}}
+    assert batch.groups[0].advantages == pytest.approx([1, -1])
+
+
+def test_leases_of_one_prompt_share_baseline_count_and_weight():
+    entries = [entry(1, [1, 0]), entry(2, [0, 0], prompt="b"), entry(3, [0, 0])]
+    batch, _ = run(entries, {1: group(1, 2), 2: group(2, 2), 3: group(3, 2)})
+    by_lease = {g.lease_id: g for g in batch.groups}
+    assert by_lease[1].advantages == pytest.approx([1, -1 / 3])
+    assert by_lease[3].advantages == pytest.approx([-1 / 3, -1 / 3])
+    assert by_lease[1].weights == pytest.approx([0.5 / 4 / 10] * 2)
+
+
+def test_untrained_pilots_stay_out_of_the_baseline():
+    entries = [entry(1, [1, 1], keep=[0, 0], reason=Discard.PILOT), entry(2, [1, 0])]
+    batch, report = run(entries, {1: group(1, 2), 2: group(2, 2)})
+    assert report.discarded == {1: {Discard.PILOT: 2}}
+    assert batch.groups[0].advantages == pytest.approx([1, -1])
+
+
+def test_rollouts_filtered_within_a_group_stay_in_its_baseline():
+    batch, report = run([entry(1, [1, 0, 0, 0], keep=[1, 1, 0, 0])], {1: group(1, 4)}, advantage="dr_grpo")
+    assert report.discarded == {1: {Discard.FILTERED: 2}}
+    assert batch.groups[0].advantages == pytest.approx([0.75, -0.25])
+    assert batch.groups[0].weights == pytest.approx([0.5 / 2 / 10] * 2)
+
+
+def test_a_wholly_filtered_group_changes_nobody_elses_weight_or_advantage():
+    alone, _ = run([entry(1, [1, 0])], {1: group(1, 2)}, advantage="reinforce_pp")
+    entries = [entry(1, [1, 0]), entry(2, [0, 0], prompt="b", keep=[0, 0])]
+    both, _ = run(entries, {1: group(1, 2), 2: group(2, 2)}, advantage="reinforce_pp")
+    assert both.groups[0].advantages == pytest.approx(alone.groups[0].advantages)
+    assert both.groups[0].weights == pytest.approx(alone.groups[0].weights)
+
+
+def test_the_posterior_baseline_takes_the_belief_of_the_lease():
+    batch, _ = run([entry(1, [1], alpha=3, beta=1)], {1: group(1, 1)}, advantage="posterior_loo")
+    assert batch.groups[0].advantages == pytest.approx([0.25])
+
+
+def test_the_overlong_penalty_shapes_the_advantage_but_not_the_class():
+    groups = {1: group(1, 2)}
+    groups[1][0].completion_tokens[:] = [10, 5]
+    batch, _ = run([entry(1, [1, 1])], groups, overlong_penalty_tokens=5)
+    assert batch.groups[0].rewards.tolist() == [1, 1]
+    assert batch.groups[0].advantages == pytest.approx([-1, 1])
+
+
+def test_with_kl_in_the_reward_whitening_is_left_to_the_learner():
+    batch, _ = run([entry(1, [1, 0])], {1: group(1, 2)}, advantage="reinforce_pp", kl_in_reward=True, kl_coef=0.1)
+    assert batch.groups[0].advantages == pytest.approx([1, 0])
+
+
+def test_a_summary_that_does_not_fit_its_plan_is_refused():
+    with pytest.raises(RunError, match="lease 1"):
+        run([entry(1, [1, 0])], {1: group(1, 3)})
