@@ -1,0 +1,111 @@
+"""What a generator's vLLM engine is started with: environment, arguments, cache size, canary tolerance."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from cures_ray.config import Config
+from cures_ray.messages import ConfigError
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def dtype_of(config: Config) -> str:
+    return config.learner.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
+
+
+def canary_tolerance(config: Config) -> float:
+    """Nats. Without a configured one: 1e-3 when learner and engine compute in float32, else 0.5."""
+    if config.weights.canary_tolerance is not None:
+        return config.weights.canary_tolerance
+    return 1e-3 if {config.learner.dtype, dtype_of(config)} == {"float32"} else 0.5
+
+
+def has_gpu(config: Config) -> bool:
+    """Whether this process has a GPU to use; logical GPUs of a CPU host do not count."""
+    import torch
+
+    return config.placement.use_gpu != "no" and torch.cuda.is_available()
+
+
+def set_environment(config: Config, backend: str, gpu: bool) -> None:
+    """Set what vLLM reads when it is imported."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if backend == "ipc":
+        os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # IPC handles are not msgpack
+    if gpu:
+        return
+    threads = str(max(1, int(config.placement.generator_cpus)))
+    os.environ["OMP_NUM_THREADS"] = threads
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # binding would put every engine on the same cores
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no third process beside the actor and EngineCore
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else the first request waits 12 s for a sampler's compilation
+
+
+def engine_arguments(config: Config, model_path: str, backend: str, gpu: bool) -> dict[str, Any]:
+    """AsyncEngineArgs for this configuration.
+
+    Raises:
+        ConfigError: the model's context is too short for the configured prompts.
+    """
+    from transformers import AutoConfig
+    from vllm.config import WeightTransferConfig
+
+    rollout, model = config.rollout, config.model
+    trust = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
+    hf = AutoConfig.from_pretrained(model_path, **trust).get_text_config()
+    limit = getattr(hf, "max_position_embeddings", None) or 1 << 30
+    if config.data.max_prompt_tokens >= limit:
+        raise ConfigError(
+            f"data.max_prompt_tokens = {config.data.max_prompt_tokens} leaves no room for completions: the context "
+            f"of {model_path} is {limit} tokens"
+        )
+    length = min(config.data.max_prompt_tokens + rollout.max_new_tokens + 1, limit)  # 1: the canary's own token
+    arguments: dict[str, Any] = {
+        "model": model_path,
+        "dtype": dtype_of(config),
+        "max_model_len": length,
+        "max_num_seqs": rollout.max_concurrent_rollouts + config.weights.canary_prompts,
+        "tensor_parallel_size": rollout.tensor_parallel_size,
+        "enforce_eager": rollout.enforce_eager or not gpu,
+        "scheduling_policy": "priority",
+        "logprobs_mode": "processed_logprobs",  # of the policy that samples: temperature, top_p, top_k
+        "weight_transfer_config": WeightTransferConfig(backend=backend),
+        "disable_log_stats": True,
+        **trust,
+    }
+    if backend == "shm":
+        arguments["worker_extension_cls"] = "actors.vllm_worker.WorkerExtension"
+    if gpu:
+        return arguments | {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+    mib = rollout.kv_cache_mib or kv_cache_mib(hf, config, length, free_memory_mib())
+    return arguments | {
+        "kv_cache_memory_bytes": mib << 20,
+        "block_size": 32,
+        # A seeded request whose prompt is computed in two steps kills vLLM 0.32's CPU engine ("CPU Generator does
+        # not use offset"), so each prompt is computed whole.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(4096, length),
+    }
+
+
+def kv_cache_mib(hf: Any, config: Config, max_model_len: int, free_mib: int) -> int:
+    """KV cache of a CPU engine: room for max_concurrent_rollouts full contexts, at most an eighth of the free
+    memory divided by the generators, and never less than 64 MiB or one context."""
+    heads = hf.num_attention_heads
+    head_size = getattr(hf, "head_dim", None) or hf.hidden_size // heads
+    kv_heads = getattr(hf, "num_key_value_heads", None) or heads
+    token = 2 * hf.num_hidden_layers * kv_heads * head_size * BYTES[dtype_of(config)]
+    context = -(-token * (max_model_len + 128) // 2**20)
+    most = free_mib // 8 // config.rollout.num_generators
+    return max(64, context, min(context * config.rollout.max_concurrent_rollouts, most))
+
+
+def free_memory_mib() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) >> 10
+    return 4096
