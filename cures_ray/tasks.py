@@ -1,0 +1,238 @@
+"""Synthetic tasks whose answers can be verified and whose prompts differ widely in difficulty.
+
+``chain``    left-to-right arithmetic modulo 13: ``07*03-05+02=`` -> ``\\boxed{080305}``, every intermediate value as
+             two digits. Judged by the mathematical verifier as one integer, so that guessing is hopeless: 13^-k.
+``program``  small program synthesis: the values of an unknown function at x = 0, 1, 2, component by component
+             (``f(0,1,2)=3,5,7;1,9,33``) -> ``def f(x): return [2*x+3,8*x*x+1]``. Judged by running it on other x.
+
+Both are made of *facts* (one look-up in an operation table). A ``Skill`` is a partly wrong set of tables: a base
+model supervised on its derivations starts bimodal, many prompts near 0 and many near 1, with room to repair
+(BENCHMARKS.md, "A testbed that was seen to work"). Variant N: a wrong entry per fact, little transfer between
+prompts. Variant T: one misconception per (operation, operand), so that skills transfer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Variant = Literal["N", "T"]
+
+MODULUS = 13
+MIX_CONCENTRATION = 0.4  # Dirichlet over the operations of one prompt: small = prompts of mostly one operation
+BOX = "\\boxed{"
+EXAMPLES = "f(0,1,2)="
+CODE_OPEN = "```python\ndef f(x): return ["
+CODE_CLOSE = "]\n```"
+HIDDEN_X = (3, 4, 5, 7, 10, -1, -2)
+
+# Probability that an entry is taught wrong ~ Beta(a, b), by operation: from mastered to hardly known.
+CHAIN_ERROR = {"+": (0.3, 3.0), "-": (0.8, 1.0), "*": (3.0, 0.6)}
+PROGRAM_ERROR = {"x": (0.3, 3.0), "x*x": (0.8, 1.0), "(x%2)": (3.0, 0.6)}
+COEFFICIENTS = tuple(a for a in range(-9, 10) if a)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One prompt. ``facts`` is what a derivation needs: task specific, hashable."""
+
+    text: str  # the user's message
+    answer: str  # the gold, for the verifier
+    level: int  # number of operations or components: 1 is easiest
+    facts: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skill:
+    """Partly wrong tables: fact -> (probability of the wrong entry, wrong entry)."""
+
+    entries: dict[tuple[Any, ...], tuple[float, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A task as four functions, and the longest completion in tokens of the tokenizer in base_model.py."""
+
+    draw: Callable[[np.random.Generator, int, float], Problem]  # (rng, level, mix concentration)
+    skill: Callable[[np.random.Generator, Variant], Skill]
+    solve: Callable[[Problem, Skill | None, np.random.Generator], str]  # None: without mistakes
+    levels: tuple[int, ...]
+    max_new_tokens: int
+    verifier: str  # verifier.fn
+
+
+def generate(
+    task: str,
+    *,
+    seed: int,
+    count: int,
+    levels: tuple[int, ...] | None = None,
+    mix: float = MIX_CONCENTRATION,
+    exclude: frozenset[str] | set[str] = frozenset(),
+) -> list[Problem]:
+    """``count`` distinct problems, levels in equal shares as far as a level has that many, in random order.
+
+    Args:
+        levels: difficulty mix; repeat a level to draw it more often. None: all levels of the task once.
+        mix: Dirichlet concentration of the operations within one prompt.
+        exclude: texts that must not occur (the training prompts, when held-out prompts are made).
+
+    Raises:
+        ValueError: unknown task or level, or the levels do not hold ``count`` distinct problems.
+    """
+    spec = TASKS.get(task)
+    if spec is None:
+        raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
+    wanted = levels or spec.levels
+    if bad := sorted(set(wanted) - set(spec.levels)):
+        raise ValueError(f"task {task} has levels {spec.levels[0]} to {spec.levels[-1]}, not {bad}")
+    rng = np.random.default_rng([seed, 11])
+    problems: list[Problem] = []
+    seen = set(exclude)
+    misses = 0
+    while len(problems) < count:
+        problem = spec.draw(rng, int(wanted[(len(problems) + misses) % len(wanted)]), mix)
+        if problem.text in seen:
+            misses += 1
+            if misses > 20 * count + 10_000:
+                raise ValueError(f"levels {wanted} of task {task} do not hold {count} more distinct problems")
+            continue
+        seen.add(problem.text)
+        problems.append(problem)
+    return [problems[i] for i in rng.permutation(count)]
+
+
+def to_row(problem: Problem, task: str) -> dict[str, Any]:
+    """A line of the JSONL files, in the columns of the common trainers."""
+    return {
+        "prompt": [{"role": "user", "content": problem.text}],
+        "answer": problem.answer,
+        "level": problem.level,
+        "data_source": f"cures/{task}",
+    }
+
+
+# chain: facts are (start, (op, operand), (op, operand), ...)
+
+
+def draw_chain(rng: np.random.Generator, level: int, mix: float) -> Problem:
+    start = int(rng.integers(MODULUS))
+    weights = rng.dirichlet([mix] * len(CHAIN_ERROR))
+    ops = rng.choice(list(CHAIN_ERROR), size=level, p=weights)
+    steps = tuple((str(op), int(b)) for op, b in zip(ops, rng.integers(MODULUS, size=level), strict=True))
+    text = f"{start:02d}" + "".join(f"{op}{b:02d}" for op, b in steps) + "="
+    values, value = [], start
+    for op, b in steps:
+        value = apply(op, value, b)
+        values.append(value)
+    return Problem(text=text, answer=_joined(values), level=level, facts=(start, *steps))
+
+
+def apply(op: str, a: int, b: int) -> int:
+    return (a + b if op == "+" else a - b if op == "-" else a * b) % MODULUS
+
+
+def chain_skill(rng: np.random.Generator, variant: Variant) -> Skill:
+    entries: dict[tuple[Any, ...], tuple[float, int]] = {}
+    for op, (alpha, beta) in CHAIN_ERROR.items():
+        for b in range(MODULUS):
+            shared, shift = float(rng.beta(alpha, beta)), int(rng.integers(1, MODULUS))
+            for a in range(MODULUS):
+                right = apply(op, a, b)
+                if variant == "T":  # the misconception: the result is off by the same amount for this operand
+                    entries[op, a, b] = (shared, (right + shift) % MODULUS)
+                else:
+                    wrong = (right + int(rng.integers(1, MODULUS))) % MODULUS
+                    entries[op, a, b] = (float(rng.beta(alpha, beta)), wrong)
+    return Skill(entries=entries)
+
+
+def solve_chain(problem: Problem, skill: Skill | None, rng: np.random.Generator) -> str:
+    """The completion; a wrong value is carried on, as a real derivation would."""
+    value, values = problem.facts[0], []
+    for op, b in problem.facts[1:]:
+        right = apply(op, value, b)
+        if skill is not None:
+            probability, wrong = skill.entries[op, value, b]
+            right = wrong if rng.random() < probability else right
+        value = right
+        values.append(value)
+    return BOX + _joined(values) + "}"
+
+
+def _joined(values: list[int]) -> str:
+    return "".join(f"{v:02d}" for v in values)
+
+
+# program: facts are ((family, coefficient, constant), ...), one per component: coefficient * family + constant
+
+
+def draw_program(rng: np.random.Generator, level: int, mix: float) -> Problem:
+    families = list(PROGRAM_ERROR)
+    drawn = rng.choice(families, size=level, p=rng.dirichlet([mix] * len(families)))
+    facts = tuple((str(f), int(rng.choice(COEFFICIENTS)), int(rng.integers(10))) for f in drawn)
+    shown = ";".join(",".join(str(evaluate(fact, x)) for x in (0, 1, 2)) for fact in facts)
+    tests = {
+        "fn_name": "f",
+        "inputs": [[x] for x in HIDDEN_X],
+        "outputs": [[evaluate(fact, x) for fact in facts] for x in HIDDEN_X],
+    }
+    return Problem(text=EXAMPLES + shown, answer=json.dumps(tests), level=level, facts=facts)
+
+
+def evaluate(fact: tuple[str, int, int], x: int) -> int:
+    family, a, b = fact
+    return a * {"x": x, "x*x": x * x, "(x%2)": x % 2}[family] + b
+
+
+def program_skill(rng: np.random.Generator, variant: Variant) -> Skill:
+    """A wrong entry is a wrong coefficient, read off the examples; constants are always right."""
+    entries: dict[tuple[Any, ...], tuple[float, int]] = {}
+    for family, (alpha, beta) in PROGRAM_ERROR.items():
+        for a in COEFFICIENTS:
+            shared = float(rng.beta(alpha, beta))
+            shared_wrong = _other_coefficient(rng, a)
+            for b in range(10):
+                if variant == "T":
+                    entries[family, a, b] = (shared, shared_wrong)
+                else:
+                    entries[family, a, b] = (float(rng.beta(alpha, beta)), _other_coefficient(rng, a))
+    return Skill(entries=entries)
+
+
+def _other_coefficient(rng: np.random.Generator, a: int) -> int:
+    return int(rng.choice([c for c in COEFFICIENTS if c != a]))
+
+
+def solve_program(problem: Problem, skill: Skill | None, rng: np.random.Generator) -> str:
+    parts = []
+    for family, a, b in problem.facts:
+        if skill is not None:
+            probability, wrong = skill.entries[family, a, b]
+            a = wrong if rng.random() < probability else a
+        parts.append(f"{a}*{family}+{b}")
+    return CODE_OPEN + ",".join(parts) + CODE_CLOSE
+
+
+TASKS: dict[str, Task] = {
+    "chain": Task(
+        draw=draw_chain,
+        skill=chain_skill,
+        solve=solve_chain,
+        levels=(1, 2, 3, 4, 5, 6),
+        max_new_tokens=12,
+        verifier="math",
+    ),
+    "program": Task(
+        draw=draw_program,
+        skill=program_skill,
+        solve=solve_program,
+        levels=(1, 2, 3, 4),
+        max_new_tokens=32,
+        verifier="code",
+    ),
+}
