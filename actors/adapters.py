@@ -44,12 +44,14 @@ MARGIN_S = 30.0  # beyond a worker's own deadline
 
 async def answer(ref: Any, who: str, timeout_s: float) -> Any:
     """Await an object ref; raise WorkerLost when its worker is gone or silent past ``timeout_s``."""
+    scope = asyncio.timeout(timeout_s)
     try:
-        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout_s)
+        async with scope:
+            return await asyncio.wrap_future(ref.future())
     except GONE as error:
         raise WorkerLost(f"{who}: {type(error).__name__}") from error
     except TimeoutError as error:
-        if getattr(error, "cause", None) is not None:  # raised inside the worker: its own deadline
+        if not scope.expired():  # raised inside the worker: its own deadline
             raise
         raise WorkerLost(f"{who}: no answer within {timeout_s:.0f} s") from error
 

@@ -156,7 +156,8 @@ class Driver:
                 self._tasks.create_task(self._produce(slot, lease))
             if not leases:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(slot.wake.wait(), timeout=1.0)
+                    async with asyncio.timeout(1.0):  # not wait_for: Python 3.11's can swallow a cancellation
+                        await slot.wake.wait()
 
     async def _produce(self, slot: Slot, lease: Lease) -> None:
         """Lease -> rollouts -> verdicts -> settlement. Ends in a settlement or in a returned lease."""
@@ -267,7 +268,8 @@ class Driver:
                 if accounting.planned >= budget and accounting.in_flight == 0:
                     return None
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._ready.wait(), timeout=1.0)
+                async with asyncio.timeout(1.0):
+                    await self._ready.wait()
 
     def _take_groups(self, plan: BatchPlan) -> dict[int, VerifiedGroup]:
         """The plan's verified groups by lease id; also drops payloads of attempts that the ledger refused."""

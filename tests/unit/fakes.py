@@ -140,7 +140,7 @@ class FakeGenerator:
     async def update_weights(self, update: WeightUpdate) -> SyncReport:
         await asyncio.sleep(0)
         if self.canary_error > 1e-3:
-            raise CanaryFailed(f"canary differs by {self.canary_error} at version {update.version}")
+            raise CanaryFailed(self.name, update.version, self.canary_error, 1e-3)
         self.version = update.version
         return SyncReport(
             generator=self.name, version=update.version, canary_max_error=0.0, seconds_paused=0.0, seconds=0.0

@@ -160,7 +160,7 @@ async def test_stop_finishes_the_step_and_saves_a_checkpoint():
 async def test_a_generator_that_joins_gets_weights_and_leases():
     from fakes import FakeGenerator
 
-    world = World(small_config(trainer={"steps": 20}), seconds=0.003)
+    world = World(small_config(trainer={"steps": 20}, rollout={"max_concurrent_rollouts": 16}), seconds=0.003)
     run = asyncio.create_task(world.driver.run())
     while len(world.learner.batches) < 3:
         await asyncio.sleep(0.001)
