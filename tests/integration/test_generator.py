@@ -1,0 +1,264 @@
+"""Generators on real Ray and vLLM: sampling, versions, weight syncs in mid-generation, the canary, deadlines.
+
+Two engines start side by side, once: "generator-0" at temperature 1, and "generator-1" at temperature 0.7 with a
+stop string, which drains before a sync. The last test breaks and kills the second.
+"""
+
+import os
+import signal
+import time
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from tiny_model import CHARACTERS, write_tiny_model
+from transformers import AutoModelForCausalLM
+
+from actors.generator import GenerationTimeout, GeneratorActor
+from actors.weights import shm_folder, write_shm
+from cures_ray.config import Config
+from cures_ray.messages import GenerationRequest, PromptRow, WeightUpdate
+from cures_ray.ports import CanaryFailed, WorkerLost
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+EXACT = 1e-4  # nats, float32 engine against float32 Hugging Face
+
+
+def tokens(text: str) -> np.ndarray:
+    return np.asarray([3 + CHARACTERS.index(c) for c in text], np.int32)
+
+
+PROMPT = PromptRow(prompt_id="0" * 16, text="compute 12+34=", token_ids=tokens("compute 12+34="), answer="46")
+
+
+def log_probabilities(model, ids: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Of tokens 1.. of ``ids`` under a Hugging Face model."""
+    row = torch.as_tensor(ids, dtype=torch.long)[None]
+    with torch.no_grad():
+        scores = torch.log_softmax(model(row).logits[0, :-1].float() / temperature, -1)
+    return scores.gather(1, row[0, 1:, None])[:, 0].numpy()
+
+
+class World:
+    """The two engines, and the models whose weights are published to them."""
+
+    def __init__(self, folder) -> None:
+        self.models = []
+        for seed in (0, 1, 2):
+            path = write_tiny_model(folder / f"seed{seed}", seed=seed)
+            self.models.append(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval())
+        self.shm = shm_folder(folder)
+        self.version, self.current = 0, self.models[0]
+
+        class Adjustable(GeneratorActor):  # a local class travels by value
+            async def set_timeout(self, seconds: float) -> None:
+                self.config.rollout.timeout_s = seconds
+
+            async def unfinished(self) -> int:
+                return self._engine.output_processor.get_num_unfinished_requests()
+
+        rollout = {"max_new_tokens": 200, "kv_cache_mib": 64, "max_concurrent_rollouts": 128, "timeout_s": 60}
+        second = rollout | {"temperature": 0.7, "stop": ["("]}
+        self.handles = [
+            ray.remote(Adjustable)
+            .options(num_cpus=1, max_concurrency=1000)
+            .remote(f"generator-{i}", settings, str(folder / "seed0"))
+            for i, settings in enumerate([small(rollout), small(second, in_flight_updates=False)])
+        ]
+        self.start_seconds = ray.get([h.start.remote() for h in self.handles])
+
+    def submit(self, n: int, seed: int, which: int = 0, greedy: bool = False):
+        request = GenerationRequest(prompt=PROMPT, n=n, seed=seed, lease_id=seed, greedy=greedy)
+        return self.handles[which].generate.options(num_returns=2).remote(request)
+
+    def generate(self, *args, **kwargs):
+        return ray.get(self.submit(*args, **kwargs))
+
+    def update(self, published, expected, version: int) -> WeightUpdate:
+        """``published``: the model whose weights travel; ``expected``: whose log-probabilities the canary has."""
+        path = write_shm(published.named_parameters(), self.shm, version)
+        ids = [tokens(text) for text in ("1+1=", "the answer is 7", "x" * 90)]
+        logprobs = tuple(log_probabilities(expected, i).astype(np.float32) for i in ids)
+        return WeightUpdate(
+            version=version, info={"path": str(path)}, canary_token_ids=tuple(ids), canary_logprobs=logprobs
+        )
+
+    def publish(self, model) -> WeightUpdate:
+        self.version, self.current = self.version + 1, model
+        return self.update(model, model, self.version)
+
+    def check(self, group, temperature: float = 1.0, model=None) -> None:
+        """The rollouts' log-probabilities are those of ``model`` at ``temperature``."""
+        for rollout in group.rollouts:
+            assert len(rollout.logprobs) == len(rollout.token_ids) > 0
+            assert np.abs(rollout.logprobs - self.expected(group, rollout, temperature, model)).max() < EXACT
+
+    def expected(self, group, rollout, temperature: float = 1.0, model=None) -> np.ndarray:
+        ids = np.concatenate([group.prompt_token_ids, rollout.token_ids])
+        return log_probabilities(model or self.current, ids, temperature)[len(group.prompt_token_ids) - 1 :]
+
+
+def small(rollout: dict, **async_rl) -> Config:
+    return Config.model_validate(
+        {
+            "data": {"max_prompt_tokens": 100},
+            "rollout": rollout,
+            "learner": {"dtype": "float32"},
+            "placement": {"use_gpu": "no"},
+            "async_rl": async_rl,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def world(ray_session, tmp_path_factory):
+    world = World(tmp_path_factory.mktemp("models"))
+    yield world
+    for handle in world.handles:
+        ray.kill(handle)
+
+
+def same(a, b) -> bool:
+    return np.array_equal(a.token_ids, b.token_ids)
+
+
+def test_a_rollout_depends_on_its_seed_and_index_alone(world):
+    _, four = world.generate(4, seed=7)
+    others = [world.submit(8, seed=s) for s in (100, 101, 102)]  # company in the batch changes nothing
+    _, two = world.generate(2, seed=7)
+    _, neighbour = world.generate(4, seed=8)
+    ray.get([summary for summary, _ in others])
+    assert [same(a, b) for a, b in zip(four.rollouts, two.rollouts, strict=False)] == [True, True]
+    assert len({r.token_ids.tobytes() for r in (*four.rollouts, *neighbour.rollouts)}) == 8
+
+
+def test_the_summary_tells_what_the_payload_holds(world):
+    summary, group = world.generate(5, seed=3)
+    assert (summary.lease_id, summary.generator, summary.prompt_tokens) == (3, "generator-0", len(PROMPT.token_ids))
+    assert summary.completion_tokens.tolist() == [len(r.token_ids) for r in group.rollouts]
+    assert summary.truncated.tolist() == [r.finish_reason == "length" for r in group.rollouts]
+    for rollout in group.rollouts:
+        if rollout.finish_reason == "length":
+            assert len(rollout.token_ids) == 200
+        else:
+            assert rollout.token_ids[-1] == 1  # the end token belongs to the completion, not to its text
+        text = "".join(CHARACTERS[t - 3] for t in rollout.token_ids if t >= 3)
+        assert rollout.text == text
+
+
+@pytest.mark.parametrize(("which", "temperature"), [(0, 1.0), (1, 0.7)])
+def test_log_probabilities_are_those_of_the_sampling_policy(world, which, temperature):
+    summary, group = world.generate(6, seed=11, which=which)
+    world.check(group, temperature)
+    assert summary.max_version.tolist() == summary.min_version.tolist() == [world.version] * 6
+
+
+def test_generation_ends_at_a_stop_string(world):
+    _, group = world.generate(16, seed=5, which=1)
+    stopped = [r for r in group.rollouts if "(" in r.text]
+    assert stopped
+    assert all(r.finish_reason == "stop" and r.text.index("(") == len(r.text) - 1 for r in stopped)
+    assert all(r.token_ids[-1] == tokens("(")[0] for r in stopped)
+
+
+def test_greedy_takes_the_likeliest_token(world):
+    _, group = world.generate(3, seed=1, greedy=True)
+    (rollout,) = group.rollouts
+    ids = torch.as_tensor(np.concatenate([PROMPT.token_ids, rollout.token_ids]), dtype=torch.long)[None]
+    with torch.no_grad():
+        best = world.current(ids).logits[0, len(PROMPT.token_ids) - 1 : -1].argmax(-1)
+    assert best.tolist() == rollout.token_ids.tolist()
+
+
+def test_after_a_sync_both_engines_hold_the_new_weights_and_say_so(world):
+    _, before = world.generate(4, seed=21)
+    update = world.publish(world.models[1])
+    for report in ray.get([h.update_weights.remote(update) for h in world.handles]):
+        assert report.version == 1
+        assert report.canary_max_error < EXACT
+        assert 0 < report.seconds_paused <= report.seconds
+    for which, temperature in ((0, 1.0), (1, 0.7)):
+        summary, group = world.generate(4, seed=21, which=which)
+        world.check(group, temperature)  # tied embeddings included: lm_head is packed anew
+        assert summary.min_version.tolist() == [1] * 4
+    _, after = world.generate(4, seed=21)
+    assert not all(same(a, b) for a, b in zip(before.rollouts, after.rollouts, strict=True))
+
+
+def test_requests_in_flight_continue_through_a_sync_under_the_new_weights(world):
+    for _ in range(4):
+        old = world.current
+        pending = [world.submit(16, seed=s) for s in range(40, 46)]
+        time.sleep(0.4)
+        update = world.publish(world.models[2] if old is world.models[1] else world.models[1])
+        report = ray.get(world.handles[0].update_weights.remote(update))
+        groups = ray.get([payload for _, payload in pending])
+        assert report.canary_max_error < EXACT
+        mixed = 0
+        for group in groups:
+            for rollout in group.rollouts:
+                assert world.version - 1 <= rollout.min_version <= rollout.max_version <= world.version
+                if rollout.min_version < rollout.max_version:
+                    mixed += 1
+                    check_one_switch(world, group, rollout, old)
+        if mixed:
+            return
+    pytest.fail("no rollout was in flight during a sync")
+
+
+def check_one_switch(world, group, rollout, old) -> None:
+    """A prefix of the tokens has the old weights' log-probabilities, the rest the new weights' on the whole text."""
+    was_old = np.abs(rollout.logprobs - world.expected(group, rollout, model=old)) < 10 * EXACT
+    is_new = np.abs(rollout.logprobs - world.expected(group, rollout)) < 10 * EXACT
+    assert any(was_old[:k].all() and is_new[k:].all() for k in range(1, len(was_old)))
+
+
+def test_a_missed_deadline_aborts_the_requests(world):
+    handle = world.handles[0]
+    ray.get(handle.set_timeout.remote(0.05))
+    summary, payload = world.submit(32, seed=60)
+    with pytest.raises(GenerationTimeout, match=r"lease 60 of 32 rollouts took more than rollout.timeout_s = 0.05 s"):
+        ray.get(summary)
+    with pytest.raises(TimeoutError):
+        ray.get(payload)
+    ray.get(handle.set_timeout.remote(60.0))
+    assert ray.get(handle.unfinished.remote()) == 0
+    world.check(world.generate(2, seed=61)[1])
+
+
+def test_statistics_count_tokens_and_idle_time(world):
+    handle = world.handles[0]
+    ray.get(handle.stats.remote())
+    time.sleep(0.2)
+    summary, _ = world.generate(4, seed=70)
+    stats = ray.get(handle.stats.remote())
+    assert stats["tokens_per_second"] * stats["seconds"] == pytest.approx(summary.completion_tokens.sum())
+    assert 0.2 <= stats["idle_seconds"] < stats["seconds"]
+    assert (stats["running"], stats["waiting"], stats["version"]) == (0, 0, world.version)
+
+
+def test_a_wrong_sync_is_caught_and_a_dead_engine_ends_its_actor(world):
+    """The embedding (and with it lm_head) of another model under the expected layers: only a canary can tell."""
+    handle = world.handles[1]
+    right = world.models[0]
+    wrong = AutoModelForCausalLM.from_pretrained(right.name_or_path, dtype=torch.float32)
+    wrong.model.embed_tokens.weight.data.copy_(world.current.model.embed_tokens.weight.data)
+    pending, _ = world.submit(8, seed=80, which=1)
+    with pytest.raises(CanaryFailed, match=r"canary failed: after loading weights version 99, generator generator-1"):
+        ray.get(handle.update_weights.remote(world.update(wrong, right, 99)))
+    with pytest.raises(WorkerLost, match="canary failed"):
+        ray.get(world.submit(2, seed=81, which=1)[0])
+    with pytest.raises(WorkerLost, match="canary failed"):  # not even the right weights make it usable again
+        ray.get(handle.update_weights.remote(world.update(right, right, 100)))
+    ray.get(pending)  # drained before the sync: of the old weights
+    pid = ray.get(handle.ping.remote())["pid"]
+    engine = next(c for c in psutil.Process(pid).children() if "EngineCore" in "".join(c.cmdline()))
+    os.kill(engine.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 15
+    with pytest.raises(ray.exceptions.RayActorError):
+        while time.monotonic() < deadline:
+            ray.get(handle.ping.remote(), timeout=10)
+            time.sleep(0.2)
+    world.check(world.generate(2, seed=82)[1])  # the other engine is untouched
