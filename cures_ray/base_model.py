@@ -1,11 +1,12 @@
-"""``cures prepare``: a small base model in the Qwen2 architecture, warm-started on a task of ``tasks.py``.
+"""``cures prepare``: a small base model in the Qwen3 architecture, warm-started on a task of ``tasks.py``.
 
 Writes FOLDER/model (a plain Hugging Face folder), FOLDER/train.jsonl, FOLDER/eval.jsonl (disjoint) and
 FOLDER/summary.json (accuracies of the warm start by sampling). The supervised phase teaches *partly wrong* tables,
 so that the start looks like real data: many prompts near accuracy 0, many near 1, and room to repair.
 
-Tokens are single characters, pairs of digits, and the task's fixed phrases; the template of a chat costs one token
-per message. So prompt and completion of the demo task stay below 32 tokens and rollouts are cheap.
+Tokens are characters, digit pairs, operators with a digit pair, and the task's fixed phrases; the chat template costs
+one token a message. So prompt and completion of the demo task stay below 32 tokens and rollouts are cheap.
+(Qwen3 rather than Qwen2: transformers 5 loads every tokenizer of a Qwen2 folder as Qwen2's own byte-level one.)
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ def build_tokenizer() -> Any:
 
     phrases = [BOX, EXAMPLES, CODE_OPEN, CODE_CLOSE]
     pairs = [f"{n:02d}" for n in range(100)]
-    vocabulary = [PAD, END, "<|unk|>", *ROLES, *phrases, *pairs, *string.printable]
-    pattern = "|".join([*map(re.escape, phrases), "[0-9][0-9]", r"[\s\S]"])
+    operations = [f"{op}{n:02d}" for op in "+-*" for n in range(100)]
+    vocabulary = [PAD, END, "<|unk|>", *ROLES, *phrases, *pairs, *operations, *string.printable]
+    pattern = "|".join([*map(re.escape, phrases), "[-+*]?[0-9][0-9]", r"[\s\S]"])
     core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token="<|unk|>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     core.decoder = decoders.Fuse()
@@ -78,19 +80,20 @@ def build_tokenizer() -> Any:
 
 
 def build_model(tokenizer: Any, spec: BaseModelSpec) -> Any:
-    """A freshly initialised ``Qwen2ForCausalLM`` in float32 with tied embeddings."""
+    """A freshly initialised ``Qwen3ForCausalLM`` in float32 with tied embeddings."""
     import torch
-    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(spec.seed)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
             vocab_size=-(-len(tokenizer) // 16) * 16,
             hidden_size=spec.hidden,
             intermediate_size=3 * spec.hidden,
             num_hidden_layers=spec.layers,
             num_attention_heads=spec.heads,
             num_key_value_heads=spec.heads,
+            head_dim=spec.hidden // spec.heads,
             max_position_embeddings=512,
             tie_word_embeddings=True,
             use_sliding_window=False,
@@ -138,12 +141,14 @@ def supervise(model: Any, tokenizer: Any, task: Task, skill: Skill, spec: BaseMo
         optimizer.zero_grad(set_to_none=True)
         mean_loss = loss.item() if step == 0 else 0.95 * mean_loss + 0.05 * loss.item()
         if (step + 1) % 100 == 0 or step + 1 == spec.sft_steps:
-            log(f"warm start: step {step + 1}/{spec.sft_steps}, loss {mean_loss:.3f}, {time.monotonic() - started:.0f} s")
+            log(
+                f"warm start: step {step + 1}/{spec.sft_steps}, loss {mean_loss:.3f}, {time.monotonic() - started:.0f} s"
+            )
     return mean_loss
 
 
 def _sft_batches(tokenizer: Any, task: Task, skill: Skill, spec: BaseModelSpec) -> Any:
-    """A function step -> (ids [B, T], completion mask [B, T]). Left padded to the longest of its (level) batch."""
+    """A function step -> (ids [B, T], completion mask [B, T]), right padded."""
     import torch
 
     rng = np.random.default_rng([spec.seed, 13])
@@ -151,8 +156,7 @@ def _sft_batches(tokenizer: Any, task: Task, skill: Skill, spec: BaseModelSpec) 
     share = levels / levels.sum()  # longer derivations show more facts per sample
 
     def batch(step: int) -> tuple[Any, Any]:
-        level = int(rng.choice(levels, p=share))
-        problems = [task.draw(rng, level, 1.0) for _ in range(spec.sft_batch)]
+        problems = [task.draw(rng, int(level), 1.0) for level in rng.choice(levels, spec.sft_batch, p=share)]
         prompts = prompt_ids(tokenizer, problems)
         completions = [task.solve(p, skill, rng) + END for p in problems]
         answers = tokenizer(completions, add_special_tokens=False)["input_ids"]
@@ -242,7 +246,7 @@ def prepare(folder: str | Path, spec: BaseModelSpec, log: Any = print) -> dict[s
     task, tokenizer = TASKS[spec.task], build_tokenizer()
     model = build_model(tokenizer, spec)
     parameters = sum(p.numel() for p in model.parameters())
-    log(f"base model: Qwen2, {parameters / 1e6:.2f} M parameters, task {spec.task} variant {spec.variant}")
+    log(f"base model: Qwen3, {parameters / 1e6:.2f} M parameters, task {spec.task} variant {spec.variant}")
     skill = task.skill(np.random.default_rng([spec.seed, 17]), spec.variant)  # type: ignore[arg-type]
     loss = supervise(model, tokenizer, task, skill, spec, log)
     model.eval()
@@ -271,7 +275,10 @@ def measure(model: Any, tokenizer: Any, problems: list[Problem], spec: BaseModel
         "greedy_accuracy": round(float(greedy.mean()), 4),
         "histogram": {n: round(c / len(sampled), 4) for n, c in zip(names, counts.tolist(), strict=True)},
         "by_level": {
-            str(level): [round(float(sampled[levels == level].mean()), 4), round(float(greedy[levels == level].mean()), 4)]
+            str(level): [
+                round(float(sampled[levels == level].mean()), 4),
+                round(float(greedy[levels == level].mean()), 4),
+            ]
             for level in sorted(set(levels.tolist()))
         },
     }

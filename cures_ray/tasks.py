@@ -1,7 +1,8 @@
 """Synthetic tasks whose answers can be verified and whose prompts differ widely in difficulty.
 
-``chain``    left-to-right arithmetic modulo 13: ``07*03-05+02=`` -> ``\\boxed{080305}``, every intermediate value as
-             two digits. Judged by the mathematical verifier as one integer, so that guessing is hopeless: 13^-k.
+``chain``    left-to-right arithmetic modulo 13: ``07*03-05+02=`` -> ``\\boxed{07080305}``: the start and every
+             intermediate value, two digits each. Judged by the mathematical verifier as one integer, which is fast
+             and makes guessing hopeless (13^-k). The start is never 00: as an integer, 0005 would equal 05.
 ``program``  small program synthesis: the values of an unknown function at x = 0, 1, 2, component by component
              (``f(0,1,2)=3,5,7;1,9,33``) -> ``def f(x): return [2*x+3,8*x*x+1]``. Judged by running it on other x.
 
@@ -120,12 +121,12 @@ def to_row(problem: Problem, task: str) -> dict[str, Any]:
 
 
 def draw_chain(rng: np.random.Generator, level: int, mix: float) -> Problem:
-    start = int(rng.integers(MODULUS))
+    start = int(rng.integers(1, MODULUS))
     weights = rng.dirichlet([mix] * len(CHAIN_ERROR))
     ops = rng.choice(list(CHAIN_ERROR), size=level, p=weights)
     steps = tuple((str(op), int(b)) for op, b in zip(ops, rng.integers(MODULUS, size=level), strict=True))
     text = f"{start:02d}" + "".join(f"{op}{b:02d}" for op, b in steps) + "="
-    values, value = [], start
+    values, value = [start], start
     for op, b in steps:
         value = apply(op, value, b)
         values.append(value)
@@ -153,7 +154,8 @@ def chain_skill(rng: np.random.Generator, variant: Variant) -> Skill:
 
 def solve_chain(problem: Problem, skill: Skill | None, rng: np.random.Generator) -> str:
     """The completion; a wrong value is carried on, as a real derivation would."""
-    value, values = problem.facts[0], []
+    value = problem.facts[0]
+    values = [value]
     for op, b in problem.facts[1:]:
         right = apply(op, value, b)
         if skill is not None:
