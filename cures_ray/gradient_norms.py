@@ -21,6 +21,8 @@ the path through the input embedding would need the backward pass.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -33,41 +35,59 @@ MIN_SKETCH = 64
 class LastLayerStatistics:
     """Accumulates the statistics of one optimizer step on one rank."""
 
-    def __init__(self, vocabulary: int, temperature: float = 1.0, seed: int = 0) -> None:
-        self._vocabulary, self._temperature, self._seed = vocabulary, temperature, seed
+    def __init__(self, temperature: float = 1.0, seed: int = 0) -> None:
+        self._temperature, self._seed = temperature, seed
         self._sign: Tensor | None = None  # [V] of the sketch; None while exact
         self._classes: dict[int, list[Tensor | None]] = {}  # lease -> [minus, plus] class sums [d, K]
         self._squares: dict[int, list[float]] = {}  # lease -> [minus, plus] sums of |s_j|^2
         self._counts: dict[int, list[int]] = {}
 
     @torch.no_grad()
-    def add(
-        self, hidden: Tensor, probs: Tensor, target: Tensor, row: Tensor, leases: list[int], plus: list[bool]
-    ) -> None:
+    def residual(self, probs: Tensor, target: Tensor, d: int) -> Tensor:
+        """e = onehot(target) - probs of N tokens, float32 [N, V], or its sketch [N, K] when d * V is large."""
+        n, vocabulary = probs.shape
+        token = torch.arange(n, device=probs.device)
+        k = max(MIN_SKETCH, MAX_CLASS_ENTRIES // d)
+        if vocabulary <= k:
+            e = -probs.float()
+            e[token, target] += 1
+            return e
+        if self._sign is None:
+            generator = torch.Generator().manual_seed(self._seed)
+            sign = torch.randint(0, 2, (vocabulary,), generator=generator) * 2 - 1
+            self._sign = sign.to(device=probs.device, dtype=torch.float32)
+        signed = torch.nn.functional.pad(probs.float() * self._sign, (0, -vocabulary % k))
+        e = -signed.view(n, -1, k).sum(1)
+        e[token, target % k] += self._sign[target]
+        return e
+
+    @torch.no_grad()
+    def add(self, hidden: Tensor, residual: Tensor, row: Tensor, leases: list[int], plus: list[bool]) -> None:
         """One micro-batch: N completion tokens of B rollouts.
 
         Args:
             hidden: [N, d] inputs of the output layer.
-            probs: [N, V] softmax of logits / temperature.
-            target, row: int64 [N]; rows ascending, row b's tokens contiguous.
+            residual: [N, K] of ``residual``.
+            row: int64 [N], ascending: the tokens of a rollout are contiguous.
             leases, plus: [B] lease and class (reward > 0.5) of each rollout.
         """
-        h = hidden.detach().float()
-        e = self._residual(probs.detach().float(), target, h.shape[1])
+        h, e = hidden.detach().float(), residual
         lengths = torch.bincount(row, minlength=len(leases)).tolist()
-        norms = _squared_norms(h, e, lengths)
-        start = 0
-        for lease, is_plus, length, norm in zip(leases, plus, lengths, norms, strict=True):
-            rows = slice(start, start + length)
-            start += length
+        starts = [0, *accumulate(lengths)]
+        classes: dict[tuple[int, bool], list[slice]] = {}
+        norms = []
+        for i, (lease, is_plus) in enumerate(zip(leases, plus, strict=True)):
+            tokens = slice(starts[i], starts[i + 1])
+            norms.append(((h[tokens] @ h[tokens].T) * (e[tokens] @ e[tokens].T)).sum())
+            classes.setdefault((lease, is_plus), []).append(tokens)
+        for lease, is_plus, norm in zip(leases, plus, torch.stack(norms).tolist(), strict=True):
             self._squares.setdefault(lease, [0.0, 0.0])[is_plus] += norm
             self._counts.setdefault(lease, [0, 0])[is_plus] += 1
+        for (lease, is_plus), parts in classes.items():
+            total = torch.cat([h[p] for p in parts]).T @ torch.cat([e[p] for p in parts])
             sums = self._classes.setdefault(lease, [None, None])
             held = sums[is_plus]
-            if held is None:
-                sums[is_plus] = h[rows].T @ e[rows]
-            else:
-                held.addmm_(h[rows].T, e[rows])
+            sums[is_plus] = total if held is None else held.add_(total)
 
     def result(self) -> tuple[GradientStatistics, ...]:
         """One entry a lease, in order of the lease ids."""
@@ -88,33 +108,6 @@ class LastLayerStatistics:
                 )
             )
         return tuple(entries)
-
-    def _residual(self, probs: Tensor, target: Tensor, d: int) -> Tensor:
-        """onehot - probs [N, V], or its sketch [N, K]."""
-        n, vocabulary = probs.shape
-        token = torch.arange(n, device=probs.device)
-        k = max(MIN_SKETCH, MAX_CLASS_ENTRIES // d)
-        if vocabulary <= k:
-            e = -probs
-            e[token, target] += 1
-            return e
-        if self._sign is None:
-            generator = torch.Generator().manual_seed(self._seed)
-            self._sign = (torch.randint(0, 2, (vocabulary,), generator=generator) * 2 - 1).to(probs)
-        signed = torch.nn.functional.pad(probs * self._sign, (0, -vocabulary % k))
-        e = -signed.view(n, -1, k).sum(1)
-        e[token, target % k] += self._sign[target]
-        return e
-
-
-def _squared_norms(h: Tensor, e: Tensor, lengths: list[int]) -> list[float]:
-    """|s_j|^2 of each rollout (before the temperature), by Gram matrices of its own tokens."""
-    norms, start = [], 0
-    for length in lengths:
-        rows = slice(start, start + length)
-        start += length
-        norms.append(((h[rows] @ h[rows].T) * (e[rows] @ e[rows].T)).sum())
-    return torch.stack(norms).tolist() if norms else []
 
 
 def _dot(a: Tensor | None, b: Tensor | None) -> float:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,6 +124,53 @@ def policy_loss(x: LossInputs, algo: AlgoConfig) -> tuple[Tensor, dict[str, Tens
         "max_logprob_diff": difference.max(),
     }
     return loss, sums
+
+
+class SampledLogprobs(torch.autograd.Function):
+    """(logits [N, V], target [N], temperature) -> log-probabilities [N], entropies [N], probabilities [N, V].
+
+    Only the first has a gradient, (onehot - p) / temperature per token. The probabilities are what the backward
+    pass keeps anyway, so the gradient statistics (gradient_norms.py) get them for nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        scaled = logits.float() / temperature
+        normaliser = torch.logsumexp(scaled, 1)
+        logprobs = scaled.gather(1, target[:, None]).squeeze(1) - normaliser
+        probs = torch.exp(scaled - normaliser[:, None])
+        entropy = normaliser - torch.linalg.vecdot(probs, scaled)
+        ctx.save_for_backward(probs, target)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        ctx.mark_non_differentiable(entropy, probs)
+        return logprobs, entropy, probs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        probs, target = ctx.saved_tensors
+        scale = (gradients[0] / ctx.temperature)[:, None]
+        residual = -scale * probs
+        residual.scatter_add_(1, target[:, None], scale)
+        return residual.to(ctx.dtype), None, None
+
+
+def mean_metrics(reports: list[dict[str, float]]) -> dict[str, float]:
+    """From the sums of ``policy_loss`` of each update on a batch to means over tokens and updates. The distance to
+    the sampler is that before the first update."""
+    first = reports[0]
+    tokens = max(1.0, sum(r["tokens"] for r in reports))
+    return {
+        "loss": sum(r["loss"] for r in reports) / len(reports),
+        "grad_norm": reports[-1]["grad_norm"],
+        "lr": reports[-1]["lr"],
+        "kl": sum(r["kl"] for r in reports) / tokens,
+        "entropy": sum(r["entropy"] for r in reports) / tokens,
+        "clip_fraction": sum(r["clipped"] for r in reports) / tokens,
+        "is_ratio": sum(r["ratio"] for r in reports) / tokens,
+        "is_ratio_max": max(r["max_ratio"] for r in reports),
+        "logprob_diff": first["logprob_diff"] / max(1.0, first["tokens"]),
+        "logprob_diff_max": first["max_logprob_diff"],
+    }
 
 
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cures_ray.messages import RolloutGroup, TrainingBatch, TrainingGroup
+
 
 @dataclass(frozen=True, slots=True)
 class PackingPlan:
@@ -64,6 +66,27 @@ def _split(rows: np.ndarray, tokens: np.ndarray, max_tokens: int) -> list[np.nda
     return batches
 
 
+def plan_step(
+    batch: TrainingBatch, ranks: int, max_tokens: int, *, skip_idle: bool, whole_leases: bool
+) -> list[list[list[tuple[int, int]]]]:
+    """[rank][micro-batch] -> (group, slot within the group) of its rollouts; see ``pack``.
+
+    Empty completions are left out, and with ``skip_idle`` rollouts of advantage 0, which cannot move the policy
+    unless there is a KL term. They count as trained all the same.
+    """
+    sizes = [len(g.rollout_index) for g in batch.groups]
+    places = [(g, slot) for g, n in enumerate(sizes) for slot in range(n)]
+    group_of = np.array([g for g, _ in places], np.int64)
+    lengths = np.concatenate([g.completion_tokens for g in batch.groups] or [np.zeros(0, np.int64)]).astype(np.int64)
+    tokens = lengths + np.array([batch.groups[g].prompt_tokens for g in group_of], np.int64)
+    useful = lengths > 0
+    if skip_idle:
+        useful &= np.concatenate([g.advantages != 0 for g in batch.groups] or [np.zeros(0, bool)])
+    active = np.flatnonzero(useful)
+    plan = pack(tokens[active], ranks, max_tokens, group_of[active] if whole_leases else None)
+    return [[[places[i] for i in active[rows]] for rows in rank] for rank in plan.micro_batches]
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One rollout as the learner needs it. P prompt tokens, L completion tokens."""
@@ -75,6 +98,20 @@ class Row:
     reward: float
     advantage: float
     weight: float
+
+
+def make_row(group: TrainingGroup, payload: RolloutGroup, slot: int) -> Row:
+    """Rollout ``slot`` of a training group, with its tokens from the group's payload."""
+    rollout = payload.rollouts[int(group.rollout_index[slot])]
+    return Row(
+        lease_id=group.lease_id,
+        prompt=payload.prompt_token_ids,
+        completion=rollout.token_ids,
+        logprobs=rollout.logprobs,
+        reward=float(group.rewards[slot]),
+        advantage=float(group.advantages[slot]),
+        weight=float(group.weights[slot]),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,117 @@
+"""The learner as the driver sees it (LearnerPort): R ranks that act as one."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.learner_rank import LearnerRank
+from cures_ray.config import Config
+from cures_ray.messages import RunError, StepReport, TrainingBatch, WeightUpdate
+
+START_SECONDS = 600.0  # imports, rendezvous, loading a model
+
+
+class LearnerGroup:
+    """Starts ``learner.num_ranks`` ranks and gives every call to all of them.
+
+    Each call has a deadline (``trainer.no_progress_timeout_s``). A rank that dies ends the call at once with a
+    RunError that names it: its optimizer shard is gone, so the way on is a resume from the last checkpoint.
+    """
+
+    def __init__(self, config: Config, options: list[dict[str, Any]]) -> None:
+        """``options``: Ray actor options of each rank, see actors.placement."""
+        self.config = config
+        actor = ray.remote(LearnerRank)
+        self.ranks = [
+            actor.options(**own).remote(config, rank, len(options))  # type: ignore[attr-defined]
+            for rank, own in enumerate(options)
+        ]
+        self.parameters = 0
+
+    async def start(self, shm: Path, backend: str, canary: list[np.ndarray], resume: Path | None = None) -> None:
+        """Bring all ranks up; ``resume`` is a folder that ``save`` wrote.
+
+        Raises:
+            RunError: a rank failed or was not up within 10 minutes.
+            ConfigError: ``resume`` belongs to another learner.
+        """
+        address, port = (await self._gather("address", ranks=self.ranks[:1], seconds=START_SECONDS))[0]
+        counts = await self._gather("start", address, port, shm, backend, canary, resume, seconds=START_SECONDS)
+        self.parameters = counts[0]
+
+    async def train(self, batch: TrainingBatch) -> StepReport:
+        reports: list[StepReport] = await self._gather("train", batch)
+        statistics = sorted((s for r in reports for s in r.gradient_statistics), key=lambda s: s.lease_id)
+        return replace(reports[0], gradient_statistics=tuple(statistics))
+
+    async def logprobs(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
+        return (await self._gather("logprobs", sequences))[0]
+
+    async def publish(self, version: int) -> WeightUpdate:
+        return (await self._gather("publish", version))[0]
+
+    async def transmit(self, update: WeightUpdate) -> None:
+        if "init" in update.info:  # only nccl needs a sender beside the receivers
+            await self._gather("transmit", update)
+
+    async def save(self, folder: Path) -> None:
+        await self._gather("save", _absolute(folder))
+
+    async def export(self, folder: Path) -> None:
+        await self._gather("export", _absolute(folder))
+
+    def stop(self) -> None:
+        for rank in self.ranks:
+            ray.kill(rank)
+
+    async def _gather(
+        self, method: str, *arguments: Any, ranks: list[Any] | None = None, seconds: float | None = None
+    ) -> list[Any]:
+        """Call ``method`` on all ranks; the first failure ends the wait, for the others wait for the failed one."""
+        seconds = seconds or self.config.trainer.no_progress_timeout_s
+        calls = [
+            asyncio.ensure_future(_await(getattr(rank, method).remote(*arguments))) for rank in ranks or self.ranks
+        ]
+        done, pending = await asyncio.wait(calls, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+        if any(call.exception() for call in done) and pending:  # a death shows in the others first: look for it
+            done, pending = await asyncio.wait(calls, timeout=5.0)
+        failures = [(rank, call.exception()) for rank, call in enumerate(calls) if call in done and call.exception()]
+        for call in pending:
+            call.cancel()
+        if failures:
+            raise _blame(method, failures)
+        if pending:
+            late = [rank for rank, call in enumerate(calls) if call in pending]
+            raise RunError(f"learner rank {late} did not finish {method} within {seconds:.0f} s; it may hang")
+        return [call.result() for call in calls]
+
+
+def _absolute(folder: Path) -> Path:
+    return folder.absolute()  # the ranks may have another working directory
+
+
+async def _await(reference: Any) -> Any:
+    return await reference
+
+
+def _blame(method: str, failures: list[tuple[int, BaseException | None]]) -> Exception:
+    """The failure to report: a dead rank, else a rank's own RunError, else the first."""
+    for rank, error in failures:
+        if isinstance(error, RayActorError):
+            return RunError(
+                f"learner rank {rank} died during {method} ({str(error).splitlines()[0]}); start again with "
+                f"checkpoint.resume = auto"
+            )
+    causes = [(rank, error.cause if isinstance(error, RayTaskError) else error) for rank, error in failures]
+    for _, cause in causes:
+        if isinstance(cause, RunError) and "another learner rank" not in str(cause):
+            return cause
+    rank, cause = causes[0]
+    return RunError(f"learner rank {rank} failed in {method}: {type(cause).__name__}: {cause}")
