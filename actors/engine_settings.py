@@ -52,7 +52,6 @@ def engine_arguments(config: Config, model_path: str, backend: str, gpu: bool) -
         ConfigError: the model's context is too short for the configured prompts.
     """
     from transformers import AutoConfig
-    from vllm.config import WeightTransferConfig
 
     rollout, model = config.rollout, config.model
     trust = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
@@ -63,6 +62,8 @@ def engine_arguments(config: Config, model_path: str, backend: str, gpu: bool) -
             f"data.max_prompt_tokens = {config.data.max_prompt_tokens} leaves no room for completions: the context "
             f"of {model_path} is {limit} tokens"
         )
+    from vllm.config import WeightTransferConfig
+
     length = min(config.data.max_prompt_tokens + rollout.max_new_tokens + 1, limit)  # 1: the canary's own token
     arguments: dict[str, Any] = {
         "model": model_path,

@@ -4,8 +4,8 @@
     learner --WeightUpdate--> pause, load, stamp the version, resume, canary --> SyncReport
 
 Each rollout is an engine request of its own, with a seed derived from (request.seed, j): rollout j is the same
-for every n >= j, and whatever else runs. vLLM's own ``n=`` seeds its children seed + j, which would give
-neighbouring seeds the same rollouts, and is no faster (0 to 5 % on a 2 M model, within noise).
+for every n > j, and whatever else runs. vLLM's own ``n=`` seeds its children seed + j, which would give
+neighbouring seeds the same rollouts; on a 2 M model it was not faster beyond the noise of a shared machine.
 """
 
 from __future__ import annotations
@@ -78,6 +78,11 @@ class GeneratorActor:
         self._failure = ""  # why this generator may not be used any more
         self._proven = asyncio.Event()  # cleared while weights are loaded and not yet proven
         self._proven.set()
+        self._admitting = asyncio.Event()  # cleared while requests drain before a sync
+        self._admitting.set()
+        self._generating = 0  # calls of generate beyond admission
+        self._drained = asyncio.Event()  # set while there are none
+        self._drained.set()
         self._syncing = asyncio.Lock()
         self._requests: set[str] = set()  # request ids in the engine
         self._submitted = 0
@@ -170,22 +175,16 @@ class GeneratorActor:
                 f"prompt {request.prompt.prompt_id} has {len(prompt)} tokens, which fills the context of "
                 f"{self._max_model_len}; lower data.max_prompt_tokens"
             )
-        tasks = [
-            asyncio.create_task(self._run(prompt, self._sampling(request, j, room)))
-            for j in range(1 if request.greedy else request.n)
-        ]
+        samplings = [self._sampling(request, j, room) for j in range(1 if request.greedy else request.n)]
         try:
             async with asyncio.timeout(self.config.rollout.timeout_s):
-                outputs = await asyncio.gather(*tasks)
+                outputs = await self._sample(prompt, samplings)
                 await self._proven.wait()  # hand out nothing from weights that the canary has not passed
         except TimeoutError as error:
             raise GenerationTimeout(
-                f"lease {request.lease_id} of {len(tasks)} rollouts took more than rollout.timeout_s = "
+                f"lease {request.lease_id} of {len(samplings)} rollouts took more than rollout.timeout_s = "
                 f"{self.config.rollout.timeout_s:g} s on {self.name}"
             ) from error
-        finally:
-            for task in tasks:
-                task.cancel()
         self._check_usable()
         rollouts = tuple(self._rollout(output.outputs[0]) for output in outputs)
         self._tokens += sum(len(r.token_ids) for r in rollouts)
@@ -196,6 +195,21 @@ class GeneratorActor:
             rollouts=rollouts,
         )
         return summarize(group, self.name, time.monotonic() - began), group
+
+    async def _sample(self, prompt: Sequence[int], samplings: Sequence[SamplingParams]) -> list[RequestOutput]:
+        await self._admitting.wait()
+        self._check_usable()
+        self._generating += 1
+        self._drained.clear()
+        tasks = [asyncio.create_task(self._run(prompt, sampling)) for sampling in samplings]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            self._generating -= 1
+            if not self._generating:
+                self._drained.set()
+            for task in tasks:
+                task.cancel()
 
     def _sampling(self, request: GenerationRequest, j: int, room: int) -> SamplingParams:
         from vllm import SamplingParams
@@ -287,6 +301,7 @@ class GeneratorActor:
                 raise failed
             self.version = update.version
             self._proven.set()
+            self._admitting.set()
             return SyncReport(
                 generator=self.name,
                 version=update.version,
@@ -303,8 +318,11 @@ class GeneratorActor:
         info = update.info
         payload = {"path": info["path"], "version": update.version} if self._backend == "shm" else info["update"]
         began = time.monotonic()
-        keep = self.config.async_rl.in_flight_updates
-        await self._engine.pause_generation(mode="keep" if keep else "wait", clear_cache=True)
+        if not self.config.async_rl.in_flight_updates:
+            # vLLM's own mode "wait" drains what runs, but what is queued or preempted would change weights
+            self._admitting.clear()
+            await self._drained.wait()
+        await self._engine.pause_generation(mode="keep", clear_cache=True)
         self._proven.clear()
         if "init" in info:  # nccl: this transfer's own group, the learner's rank 0 and all generators
             offset = 1 + self._index * self.config.rollout.tensor_parallel_size
@@ -342,6 +360,7 @@ class GeneratorActor:
         """Never use this engine again: whoever waits for it gets WorkerLost now."""
         self._failure = why
         self._proven.set()
+        self._admitting.set()
         print(f"generator {self.name}: {why}", file=sys.stderr, flush=True)
         if self._engine.errored:
             self._exit(why)
