@@ -29,7 +29,7 @@ class LearnerGroup:
         """``options``: Ray actor options of each rank, see actors.placement."""
         self.config = config
         actor = ray.remote(LearnerRank)
-        self.ranks = [
+        self.ranks: list[Any] = [
             actor.options(**own).remote(config, rank, len(options))  # type: ignore[attr-defined]
             for rank, own in enumerate(options)
         ]

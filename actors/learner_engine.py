@@ -93,6 +93,7 @@ def load_model(config: Config) -> Any:
         trust_remote_code=config.model.trust_remote_code,
         dtype=getattr(torch, config.learner.dtype),
     )
+    module: Any
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -111,7 +112,7 @@ def build_engine(policy: Policy, config: Config, world_size: int, *, on_gpu: boo
     parameters = [p for p in policy.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.dim() >= 2]
     plain = [p for p in parameters if p.dim() < 2]
-    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}] if learner.weight_decay else parameters
+    groups: Any = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}] if learner.weight_decay else parameters
     optimizer = torch.optim.AdamW(
         groups,
         lr=learner.lr,
