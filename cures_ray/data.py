@@ -125,9 +125,9 @@ def load_prompts(config: DataConfig, tokenizer: Any, which: str = "train") -> Pr
         )
     rows = first[keep]
     extra = tuple(n for n in table.column_names if n not in (prompt_key, answer_key.split(".")[0], "text", "answer"))
-    columns = table.select(extra).take(pa.array(rows)) if extra else pa.table({})
-    columns = columns.append_column("text", pa.array(texts, pa.large_string()).take(pa.array(keep)))
-    columns = columns.append_column("answer", pa.array(answers, pa.large_string()).take(pa.array(rows)))
+    columns = pa.table({"text": pa.array([texts[i] for i in keep]), "answer": pa.array([answers[i] for i in rows])})
+    for name in extra:
+        columns = columns.append_column(name, table[name].take(pa.array(rows)))
     return PromptTable(
         columns=columns,
         tokenizer=tokenizer,

@@ -1,8 +1,10 @@
 """Synthetic tasks whose answers can be verified and whose prompts differ widely in difficulty.
 
-``chain``    left-to-right arithmetic modulo 13: ``07*03-05+02=`` -> ``\\boxed{07080305}``: the start and every
+``chain``    left-to-right arithmetic modulo 13: ``07*03-05+02=...`` -> ``\\boxed{07080305}``: the start and every
              intermediate value, two digits each. Judged by the mathematical verifier as one integer, which is fast
              and makes guessing hopeless (13^-k). The start is never 00: as an integer, 0005 would equal 05.
+             Dots make all prompts equally long, so that each step looks back by one fixed distance: with that the
+             warm start takes a fifth of the samples.
 ``program``  small program synthesis: the values of an unknown function at x = 0, 1, 2, component by component
              (``f(0,1,2)=3,5,7;1,9,33``) -> ``def f(x): return [2*x+3,8*x*x+1]``. Judged by running it on other x.
 
@@ -24,6 +26,7 @@ import numpy as np
 Variant = Literal["N", "T"]
 
 MODULUS = 13
+CHAIN_LEVELS = (1, 2, 3, 4, 5, 6)
 MIX_CONCENTRATION = 0.4  # Dirichlet over the operations of one prompt: small = prompts of mostly one operation
 BOX = "\\boxed{"
 EXAMPLES = "f(0,1,2)="
@@ -125,7 +128,7 @@ def draw_chain(rng: np.random.Generator, level: int, mix: float) -> Problem:
     weights = rng.dirichlet([mix] * len(CHAIN_ERROR))
     ops = rng.choice(list(CHAIN_ERROR), size=level, p=weights)
     steps = tuple((str(op), int(b)) for op, b in zip(ops, rng.integers(MODULUS, size=level), strict=True))
-    text = f"{start:02d}" + "".join(f"{op}{b:02d}" for op, b in steps) + "="
+    text = f"{start:02d}" + "".join(f"{op}{b:02d}" for op, b in steps) + "=" + "." * (CHAIN_LEVELS[-1] - level)
     values, value = [start], start
     for op, b in steps:
         value = apply(op, value, b)
@@ -137,11 +140,17 @@ def apply(op: str, a: int, b: int) -> int:
     return (a + b if op == "+" else a - b if op == "-" else a * b) % MODULUS
 
 
+def _spread_beta(rng: np.random.Generator, alpha: float, beta: float, count: int) -> list[float]:
+    """``count`` draws, one from each quantile band, shuffled: seeds differ in which skills are weak, not in how many."""
+    bands = np.sort(rng.beta(alpha, beta, size=64 * count)).reshape(count, 64)
+    return rng.permutation(bands[np.arange(count), rng.integers(64, size=count)]).tolist()
+
+
 def chain_skill(rng: np.random.Generator, variant: Variant) -> Skill:
     entries: dict[tuple[Any, ...], tuple[float, int]] = {}
     for op, (alpha, beta) in CHAIN_ERROR.items():
-        for b in range(MODULUS):
-            shared, shift = float(rng.beta(alpha, beta)), int(rng.integers(1, MODULUS))
+        for b, shared in enumerate(_spread_beta(rng, alpha, beta, MODULUS)):
+            shift = int(rng.integers(1, MODULUS))
             for a in range(MODULUS):
                 right = apply(op, a, b)
                 if variant == "T":  # the misconception: the result is off by the same amount for this operand
@@ -195,8 +204,7 @@ def program_skill(rng: np.random.Generator, variant: Variant) -> Skill:
     """A wrong entry is a wrong coefficient, read off the examples; constants are always right."""
     entries: dict[tuple[Any, ...], tuple[float, int]] = {}
     for family, (alpha, beta) in PROGRAM_ERROR.items():
-        for a in COEFFICIENTS:
-            shared = float(rng.beta(alpha, beta))
+        for a, shared in zip(COEFFICIENTS, _spread_beta(rng, alpha, beta, len(COEFFICIENTS)), strict=True):
             shared_wrong = _other_coefficient(rng, a)
             for b in range(10):
                 if variant == "T":
@@ -225,7 +233,7 @@ TASKS: dict[str, Task] = {
         draw=draw_chain,
         skill=chain_skill,
         solve=solve_chain,
-        levels=(1, 2, 3, 4, 5, 6),
+        levels=CHAIN_LEVELS,
         max_new_tokens=12,
         verifier="math",
     ),
