@@ -43,7 +43,15 @@ class LearnerGroup:
             ConfigError: ``resume`` belongs to another learner.
         """
         address, port = (await self._gather("address", ranks=self.ranks[:1], seconds=START_SECONDS))[0]
-        counts = await self._gather("start", address, port, shm, backend, canary, resume, seconds=START_SECONDS)
+        await self._gather("join", address, port, seconds=START_SECONDS)
+        await self.build(self.config, shm, backend, canary, resume)
+
+    async def build(
+        self, config: Config, shm: Path, backend: str, canary: list[np.ndarray], resume: Path | None = None
+    ) -> None:
+        """Model and engine; again for other settings on the same ranks, as ``start`` for the first time."""
+        self.config = config
+        counts = await self._gather("build", config, shm, backend, canary, resume, seconds=START_SECONDS)
         self.parameters = counts[0]
 
     async def train(self, batch: TrainingBatch) -> StepReport:

@@ -43,10 +43,8 @@ class LearnerRank:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(
-        self, address: str, port: int, shm: Path, backend: str, canary: list[np.ndarray], resume: Path | None
-    ) -> int:
-        """Join the others, load the model, build the engine, restore ``resume``. Returns the parameter count."""
+    def join(self, address: str, port: int) -> None:
+        """Meet the other ranks at ``address:port``."""
         gpu = self.config.placement.use_gpu != "no" and bool(ray.get_gpu_ids())
         os.environ |= {
             "RANK": str(self.rank),
@@ -54,38 +52,44 @@ class LearnerRank:
             "WORLD_SIZE": str(self.world_size),
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
-            "DEEPSPEED_LOG_LEVEL": "error",
         }
         import torch
 
         gpu = gpu and torch.cuda.is_available()  # Ray's GPUs may be logical ones on a CPU host
+        self.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
         if not gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
+            torch.set_num_threads(max(1, int(self.config.learner.cpus_per_rank)))
         import deepspeed
         from deepspeed.utils import logger
 
-        from actors.learner_engine import Policy, build_engine, load_model, load_state
-
         logger.setLevel("ERROR")
         if not gpu:
-            torch.set_num_threads(max(1, int(self.config.learner.cpus_per_rank)))
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ for a minute
-        torch.manual_seed(self.config.learner.seed + self.rank)
         deepspeed.init_distributed(
             dist_backend="nccl" if gpu else "gloo",
             timeout=timedelta(seconds=self.config.trainer.no_progress_timeout_s),
             verbose=False,
         )
-        self.device = torch.device("cuda", 0) if gpu else torch.device("cpu")
-        self.backend, self.shm, self._canary = backend, shm, canary
-        model = load_model(self.config)
+
+    def build(self, config: Config, shm: Path, backend: str, canary: list[np.ndarray], resume: Path | None) -> int:
+        """Load the model, build the engine, restore ``resume``; returns the parameter count. May be called again
+        with another configuration of the same ranks."""
+        import torch
+
+        from actors.learner_engine import Policy, build_engine, load_model, load_state
+
+        self.config, self.updates, self._reference = config, 0, None
+        self._backend, self._shm, self._canary = backend, shm, [np.asarray(s, np.int32) for s in canary]
+        torch.manual_seed(config.learner.seed + self.rank)
+        model = load_model(config)
         self.parameters = sum(p.numel() for p in model.parameters())
         self._shape = (model.config.num_hidden_layers, model.config.hidden_size, model.config.vocab_size)
-        if self.config.algo.kl_coef > 0:
-            self._reference = Policy(load_model(self.config)).to(self.device).eval().requires_grad_(False)
-        self.engine = build_engine(Policy(model), self.config, self.world_size, on_gpu=gpu)
+        if config.algo.kl_coef > 0:
+            self._reference = Policy(load_model(config)).to(self.device).eval().requires_grad_(False)
+        self.engine = build_engine(Policy(model), config, self.world_size, on_gpu=self.device.type == "cuda")
         if resume is not None:
-            self.updates = load_state(self.engine, resume, self.rank, self.world_size, self.config.learner)
+            self.updates = load_state(self.engine, resume, self.rank, self.world_size, config.learner)
         return self.parameters
 
     # -- one optimizer step ------------------------------------------------------------------------------
@@ -291,13 +295,13 @@ class LearnerRank:
         from actors.weights import ipc_info, nccl_info, write_shm
 
         stage = self.config.learner.zero_stage
-        info: dict[str, Any] = {"backend": self.backend}
-        if self.backend == "shm":
+        info: dict[str, Any] = {"backend": self._backend}
+        if self._backend == "shm":
             tensors = self._weights()
             if self.rank == 0:
-                path = write_shm(tensors.items(), self.shm, version)
+                path = write_shm(tensors.items(), self._shm, version)
                 info |= {"path": str(path), "bytes": path.stat().st_size}
-        elif self.backend == "nccl":
+        elif self._backend == "nccl":
             info |= nccl_info(self.engine.module.lm, self.config, *self.address())
         else:
             own, self._held = ipc_info(self.engine.module.lm, stage)
@@ -310,7 +314,7 @@ class LearnerRank:
         return WeightUpdate(
             version=version,
             info=info,
-            canary_token_ids=tuple(np.asarray(s, np.int32) for s in self._canary),
+            canary_token_ids=tuple(self._canary),
             canary_logprobs=tuple(logprobs),
         )
 
