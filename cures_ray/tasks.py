@@ -141,7 +141,7 @@ def apply(op: str, a: int, b: int) -> int:
 
 
 def _spread_beta(rng: np.random.Generator, alpha: float, beta: float, count: int) -> list[float]:
-    """``count`` draws, one from each quantile band, shuffled: seeds differ in which skills are weak, not in how many."""
+    """``count`` draws, one from each quantile band, shuffled: seeds differ in which are large, not in how many."""
     bands = np.sort(rng.beta(alpha, beta, size=64 * count)).reshape(count, 64)
     return rng.permutation(bands[np.arange(count), rng.integers(64, size=count)]).tolist()
 
