@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -65,7 +66,8 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
             if version != str(update_info.version):
                 raise ValueError(f"{update_info.path} holds version {version}, expected {update_info.version}")
             expected = {name for name, _ in self.model.named_parameters()}
-            loaded = self.model.load_weights(self._tensors(file))
+            model: Any = self.model
+            loaded = model.load_weights(self._tensors(file))
         missing = expected - set(loaded) if loaded is not None else set()
         if self._tied():
             missing = {name for name in missing if not name.startswith("lm_head.")}
@@ -77,7 +79,8 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
         if self.device.type == "cpu" and self._tied():
             # lm_head shares the embedding's weight, so no weight is loaded into it and the reload leaves the
             # copy that was packed from the old weight. The canary would notice: log-probabilities are nats off.
-            dispatch_cpu_unquantized_gemm(self.model.lm_head, remove_weight=False)
+            head: Any = self.model.lm_head
+            dispatch_cpu_unquantized_gemm(head, remove_weight=False)
 
     def shutdown(self) -> None:
         pass

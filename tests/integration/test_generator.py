@@ -1,10 +1,12 @@
 """Generators on real Ray and vLLM: sampling, versions, weight syncs in mid-generation, the canary, deadlines.
 
-Two engines start side by side, once: "generator-0" at temperature 1, and "generator-1" at temperature 0.7 with a
-stop string, which drains before a sync. The last test breaks and kills the second.
+Two engines start side by side, once: "generator-0" with a Qwen2 (tied embeddings) at temperature 1, and
+"generator-1" with a Llama (untied) at temperature 0.7 with a stop string, which drains before a sync. The last
+test breaks and kills the second.
 """
 
 import os
+import shutil
 import signal
 import time
 
@@ -23,6 +25,7 @@ from cures_ray.messages import GenerationRequest, PromptRow, WeightUpdate
 from cures_ray.ports import CanaryFailed, WorkerLost
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+TEMPERATURE = (1.0, 0.7)  # by engine
 EXACT = 1e-4  # nats, float32 engine against float32 Hugging Face
 
 
@@ -45,12 +48,13 @@ class World:
     """The two engines, and the models whose weights are published to them."""
 
     def __init__(self, folder) -> None:
-        self.models = []
-        for seed in (0, 1, 2):
-            path = write_tiny_model(folder / f"seed{seed}", seed=seed)
-            self.models.append(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval())
+        self.models = []  # by engine, then by seed
+        for name, tied in (("qwen2", True), ("llama", False)):
+            paths = [write_tiny_model(folder / f"{name}-{seed}", seed=seed, tied=tied) for seed in (0, 1, 2)]
+            self.models.append([AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval() for p in paths])
         self.shm = shm_folder(folder)
-        self.version, self.current = 0, self.models[0]
+        self.version = [0, 0]
+        self.current = [models[0] for models in self.models]
 
         class Adjustable(GeneratorActor):  # a local class travels by value
             async def set_timeout(self, seconds: float) -> None:
@@ -60,11 +64,11 @@ class World:
                 return self._engine.output_processor.get_num_unfinished_requests()
 
         rollout = {"max_new_tokens": 200, "kv_cache_mib": 64, "max_concurrent_rollouts": 128, "timeout_s": 60}
-        second = rollout | {"temperature": 0.7, "stop": ["("]}
+        second = rollout | {"temperature": TEMPERATURE[1], "stop": ["("]}
         self.handles = [
             ray.remote(Adjustable)
             .options(num_cpus=1, max_concurrency=1000)
-            .remote(f"generator-{i}", settings, str(folder / "seed0"))
+            .remote(f"generator-{i}", settings, self.current[i].name_or_path)
             for i, settings in enumerate([small(rollout), small(second, in_flight_updates=False)])
         ]
         self.start_seconds = ray.get([h.start.remote() for h in self.handles])
@@ -78,26 +82,29 @@ class World:
 
     def update(self, published, expected, version: int) -> WeightUpdate:
         """``published``: the model whose weights travel; ``expected``: whose log-probabilities the canary has."""
-        path = write_shm(published.named_parameters(), self.shm, version)
+        path = write_shm(published.named_parameters(), self.shm / expected.config.model_type, version)
         ids = [tokens(text) for text in ("1+1=", "the answer is 7", "x" * 90)]
         logprobs = tuple(log_probabilities(expected, i).astype(np.float32) for i in ids)
         return WeightUpdate(
             version=version, info={"path": str(path)}, canary_token_ids=tuple(ids), canary_logprobs=logprobs
         )
 
-    def publish(self, model) -> WeightUpdate:
-        self.version, self.current = self.version + 1, model
-        return self.update(model, model, self.version)
+    def publish(self, seed: int, which: int = 0) -> WeightUpdate:
+        self.version[which] += 1
+        self.current[which] = model = self.models[which][seed]
+        return self.update(model, model, self.version[which])
 
-    def check(self, group, temperature: float = 1.0, model=None) -> None:
-        """The rollouts' log-probabilities are those of ``model`` at ``temperature``."""
+    def check(self, group, which: int = 0) -> None:
+        """The rollouts' log-probabilities are those of the current weights at the engine's temperature."""
         for rollout in group.rollouts:
             assert len(rollout.logprobs) == len(rollout.token_ids) > 0
-            assert np.abs(rollout.logprobs - self.expected(group, rollout, temperature, model)).max() < EXACT
+            error = rollout.logprobs - expected(group, rollout, self.current[which], TEMPERATURE[which])
+            assert np.abs(error).max() < EXACT
 
-    def expected(self, group, rollout, temperature: float = 1.0, model=None) -> np.ndarray:
-        ids = np.concatenate([group.prompt_token_ids, rollout.token_ids])
-        return log_probabilities(model or self.current, ids, temperature)[len(group.prompt_token_ids) - 1 :]
+
+def expected(group, rollout, model, temperature: float = 1.0) -> np.ndarray:
+    ids = np.concatenate([group.prompt_token_ids, rollout.token_ids])
+    return log_probabilities(model, ids, temperature)[len(group.prompt_token_ids) - 1 :]
 
 
 def small(rollout: dict, **async_rl) -> Config:
@@ -118,6 +125,7 @@ def world(ray_session, tmp_path_factory):
     yield world
     for handle in world.handles:
         ray.kill(handle)
+    shutil.rmtree(world.shm)
 
 
 def same(a, b) -> bool:
@@ -148,11 +156,11 @@ def test_the_summary_tells_what_the_payload_holds(world):
         assert rollout.text == text
 
 
-@pytest.mark.parametrize(("which", "temperature"), [(0, 1.0), (1, 0.7)])
-def test_log_probabilities_are_those_of_the_sampling_policy(world, which, temperature):
+@pytest.mark.parametrize("which", [0, 1])
+def test_log_probabilities_are_those_of_the_sampling_policy(world, which):
     summary, group = world.generate(6, seed=11, which=which)
-    world.check(group, temperature)
-    assert summary.max_version.tolist() == summary.min_version.tolist() == [world.version] * 6
+    world.check(group, which)
+    assert summary.max_version.tolist() == summary.min_version.tolist() == [world.version[which]] * 6
 
 
 def test_generation_ends_at_a_stop_string(world):
@@ -168,20 +176,21 @@ def test_greedy_takes_the_likeliest_token(world):
     (rollout,) = group.rollouts
     ids = torch.as_tensor(np.concatenate([PROMPT.token_ids, rollout.token_ids]), dtype=torch.long)[None]
     with torch.no_grad():
-        best = world.current(ids).logits[0, len(PROMPT.token_ids) - 1 : -1].argmax(-1)
+        best = world.current[0](ids).logits[0, len(PROMPT.token_ids) - 1 : -1].argmax(-1)
     assert best.tolist() == rollout.token_ids.tolist()
 
 
 def test_after_a_sync_both_engines_hold_the_new_weights_and_say_so(world):
     _, before = world.generate(4, seed=21)
-    update = world.publish(world.models[1])
-    for report in ray.get([h.update_weights.remote(update) for h in world.handles]):
+    updates = [world.publish(seed=1, which=which) for which in (0, 1)]
+    syncs = [h.update_weights.remote(u) for h, u in zip(world.handles, updates, strict=True)]
+    for report in ray.get(syncs):
         assert report.version == 1
         assert report.canary_max_error < EXACT
         assert 0 < report.seconds_paused <= report.seconds
-    for which, temperature in ((0, 1.0), (1, 0.7)):
+    for which in (0, 1):
         summary, group = world.generate(4, seed=21, which=which)
-        world.check(group, temperature)  # tied embeddings included: lm_head is packed anew
+        world.check(group, which)  # the tied embedding included: lm_head is packed anew
         assert summary.min_version.tolist() == [1] * 4
     _, after = world.generate(4, seed=21)
     assert not all(same(a, b) for a, b in zip(before.rollouts, after.rollouts, strict=True))
@@ -189,29 +198,29 @@ def test_after_a_sync_both_engines_hold_the_new_weights_and_say_so(world):
 
 def test_requests_in_flight_continue_through_a_sync_under_the_new_weights(world):
     for _ in range(4):
-        old = world.current
+        old = world.current[0]
         pending = [world.submit(16, seed=s) for s in range(40, 46)]
         time.sleep(0.4)
-        update = world.publish(world.models[2] if old is world.models[1] else world.models[1])
+        update = world.publish(seed=2 if old is world.models[0][1] else 1)
         report = ray.get(world.handles[0].update_weights.remote(update))
         groups = ray.get([payload for _, payload in pending])
         assert report.canary_max_error < EXACT
         mixed = 0
         for group in groups:
             for rollout in group.rollouts:
-                assert world.version - 1 <= rollout.min_version <= rollout.max_version <= world.version
+                assert world.version[0] - 1 <= rollout.min_version <= rollout.max_version <= world.version[0]
                 if rollout.min_version < rollout.max_version:
                     mixed += 1
-                    check_one_switch(world, group, rollout, old)
+                    check_one_switch(group, rollout, old, world.current[0])
         if mixed:
             return
     pytest.fail("no rollout was in flight during a sync")
 
 
-def check_one_switch(world, group, rollout, old) -> None:
+def check_one_switch(group, rollout, old, new) -> None:
     """A prefix of the tokens has the old weights' log-probabilities, the rest the new weights' on the whole text."""
-    was_old = np.abs(rollout.logprobs - world.expected(group, rollout, model=old)) < 10 * EXACT
-    is_new = np.abs(rollout.logprobs - world.expected(group, rollout)) < 10 * EXACT
+    was_old = np.abs(rollout.logprobs - expected(group, rollout, old)) < 10 * EXACT
+    is_new = np.abs(rollout.logprobs - expected(group, rollout, new)) < 10 * EXACT
     assert any(was_old[:k].all() and is_new[k:].all() for k in range(1, len(was_old)))
 
 
@@ -236,15 +245,15 @@ def test_statistics_count_tokens_and_idle_time(world):
     stats = ray.get(handle.stats.remote())
     assert stats["tokens_per_second"] * stats["seconds"] == pytest.approx(summary.completion_tokens.sum())
     assert 0.2 <= stats["idle_seconds"] < stats["seconds"]
-    assert (stats["running"], stats["waiting"], stats["version"]) == (0, 0, world.version)
+    assert (stats["running"], stats["waiting"], stats["version"]) == (0, 0, world.version[0])
 
 
 def test_a_wrong_sync_is_caught_and_a_dead_engine_ends_its_actor(world):
-    """The embedding (and with it lm_head) of another model under the expected layers: only a canary can tell."""
+    """The output layer of the old weights under the new layers: only a canary can tell."""
     handle = world.handles[1]
-    right = world.models[0]
+    right = world.models[1][0]
     wrong = AutoModelForCausalLM.from_pretrained(right.name_or_path, dtype=torch.float32)
-    wrong.model.embed_tokens.weight.data.copy_(world.current.model.embed_tokens.weight.data)
+    wrong.lm_head.weight.data.copy_(world.current[1].lm_head.weight.data)
     pending, _ = world.submit(8, seed=80, which=1)
     with pytest.raises(CanaryFailed, match=r"canary failed: after loading weights version 99, generator generator-1"):
         ray.get(handle.update_weights.remote(world.update(wrong, right, 99)))
