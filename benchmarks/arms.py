@@ -1,0 +1,216 @@
+"""What is compared: every arm is a set of overrides of one common configuration, nothing else.
+
+``NAME@key=value@key=value`` is an arm with further overrides (``wide@learner.lr=2e-3``): the name of the run says
+what it is. A bare key without a dot is looked up in the curriculum section.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from cures_ray.config import Config
+from cures_ray.config_load import known_keys
+from cures_ray.messages import ConfigError
+from cures_ray.tasks import TASKS
+
+Overrides = dict[str, Any]
+
+EVALUATIONS = 25  # evaluations within a budget, about
+
+# The same for every arm and task. 32 prompts x 8 rollouts = 256 rollouts a step.
+COMMON: Overrides = {
+    "data.max_prompt_tokens": 64,
+    "curriculum.prompts_per_step": 32,
+    "curriculum.rollouts_per_step": 256,
+    "curriculum.n_min": 2,
+    "curriculum.n_max": 32,
+    "rollout.dtype": "float32",
+    "rollout.max_concurrent_rollouts": 256,
+    "rollout.enforce_eager": True,
+    "rollout.kv_cache_mib": 64,
+    "algo.loss": "clip",
+    "algo.loss_length": "constant",
+    "async_rl.max_staleness": 0,
+    "learner.dtype": "float32",
+    "learner.max_tokens_per_rank": 8192,
+    "checkpoint.interval": 0,
+    "checkpoint.export_final": False,
+    "logging.progress": "off",
+    "logging.tensorboard": False,
+    "placement.generator_cpus": 0.5,
+    "placement.verifier_cpus": 0.25,
+}
+
+_GRPO: Overrides = {"curriculum.method": "uniform", "curriculum.draw": "epoch", "algo.advantage": "grpo"}
+_PAPER: Overrides = {  # Algorithm 1: 7 subsets of 2048 prompts, N' = 4 (32 % of the budget), 10 steps each
+    "curriculum.method": "cures",
+    "curriculum.belief": "reset",
+    "curriculum.subsets": 7,
+    "curriculum.subset_steps": 10,
+    "curriculum.pilot_rollouts": 4,
+    "curriculum.tau": 0.1,
+    "algo.advantage": "grpo",
+}
+_ONLINE: Overrides = {  # CurES without pilots or resets: beliefs move with every verified rollout
+    "curriculum.method": "cures",
+    "curriculum.belief": "discount",
+    "curriculum.target_ess_fraction": 0.5,
+    "algo.advantage": "grpo",
+}
+_WIDE: Overrides = {  # 256 prompts x 1 rollout; the belief from before the step is the baseline
+    "curriculum.method": "cures",
+    "curriculum.prompts_per_step": 256,
+    "curriculum.n_min": 1,
+    "curriculum.n_max": 4,
+    "curriculum.belief": "discount",
+    "curriculum.sampling": "uniform",
+    "curriculum.allocation": "uniform",
+    "curriculum.draw": "epoch",
+    "algo.advantage": "posterior_loo",
+}
+_WIDE_CURES: Overrides = _WIDE | {
+    "curriculum.sampling": "potential",
+    "curriculum.allocation": "sigma",
+    "curriculum.draw": "with_replacement",
+    "curriculum.target_ess_fraction": 0.5,
+}
+
+ARMS: dict[str, Overrides] = {
+    # the field
+    "grpo": _GRPO,
+    "rloo": _GRPO | {"algo.advantage": "rloo"},
+    "dr_grpo": _GRPO | {"algo.advantage": "dr_grpo"},
+    "rpp": _GRPO | {"algo.advantage": "reinforce_pp"},
+    "rpp_baseline": _GRPO | {"algo.advantage": "reinforce_pp_baseline"},
+    "gvm": {"curriculum.method": "gvm", "curriculum.pilot_rollouts": 4, "algo.advantage": "grpo"},
+    "gvm_raft": {"curriculum.method": "gvm", "curriculum.pilot_rollouts": 4, "algo.advantage": "raft_pp"},
+    "dapo": {
+        "curriculum.method": "dapo",
+        "algo.advantage": "grpo",
+        "algo.clip_eps_high": 0.28,
+        "algo.loss_length": "token",
+    },
+    "speed": {"curriculum.method": "speed", "algo.advantage": "grpo"},
+    "mopps": {"curriculum.method": "mopps", "curriculum.belief_draw": "thompson", "algo.advantage": "grpo"},
+    "ada": {"curriculum.method": "reinforce_ada", "algo.advantage": "dr_grpo"},
+    "knapsack": {"curriculum.method": "knapsack", "algo.advantage": "grpo"},
+    # CurES as published, and its parts
+    "cures": _PAPER,
+    "cures_rpp": _PAPER | {"algo.advantage": "reinforce_pp"},
+    "cures_n1": _PAPER | {"curriculum.pilot_rollouts": 1},
+    "cures_n8": _PAPER | {"curriculum.pilot_rollouts": 8},
+    "cures_train_pilots": _PAPER | {"curriculum.train_on_pilots": True},
+    "cures_discount": _PAPER | {"curriculum.belief": "discount", "curriculum.pilot_rollouts": 0},
+    "cures_online": _ONLINE,
+    "cures_online_sampling": _ONLINE | {"curriculum.allocation": "uniform"},
+    "cures_online_allocation": _ONLINE | {"curriculum.sampling": "uniform"},
+    "cures_online_rloo": _ONLINE | {"algo.advantage": "rloo"},
+    "cures_online_last_layer": _ONLINE | {"curriculum.sigma": "last_layer"},
+    # wide batches, the posterior as the baseline
+    "wide_mean": _WIDE | {"algo.advantage": "reinforce_pp"},  # control: the same batch, the batch mean as baseline
+    "wide": _WIDE,
+    "wide_cures": _WIDE_CURES,
+    "wide_sampling": _WIDE_CURES | {"curriculum.allocation": "uniform"},
+    "wide_predictor": _WIDE | {"curriculum.prior_from": "predictor"},
+    "wide_cures_predictor": _WIDE_CURES | {"curriculum.prior_from": "predictor"},
+    # controls
+    "uniform_curriculum": {  # GRPO through the curriculum's own code path
+        "curriculum.method": "cures",
+        "curriculum.sampling": "uniform",
+        "curriculum.allocation": "uniform",
+        "curriculum.draw": "epoch",
+        "algo.advantage": "grpo",
+    },
+}
+# Controls outside the configuration. coin: rewards are coin flips. oracle: the belief is the true accuracy, free.
+CONTROLS: dict[str, tuple[str, str]] = {  # control arm -> (arm, control)
+    "random_grpo": ("grpo", "coin"),
+    "random_wide": ("wide", "coin"),
+    "random_wide_cures": ("wide_cures", "coin"),
+    "oracle_cures": ("cures_online", "oracle"),
+    "oracle_wide_cures": ("wide_cures", "oracle"),
+    "oracle_wide": ("wide", "oracle"),
+}
+HEADLINE = ("grpo", "rpp", "gvm", "dapo", "mopps", "cures", "wide", "wide_cures")
+
+# Rollouts planned per rollout trained, about: such arms are evaluated more often, to have as many points per cost.
+PLANNED_PER_TRAINED = {"dapo": 3.0, "speed": 3.0, "ada": 3.0}
+
+# Learning rates by (task, variant): the arm's own, else "*". benchmarks/results/lr_sweep_*.json has the sweeps.
+LEARNING_RATES: dict[tuple[str, str], dict[str, float]] = {
+    ("chain", "N"): {"*": 1e-3},
+    ("chain", "T"): {"*": 6e-4},
+    ("program", "N"): {"*": 6e-4},
+    ("program", "T"): {"*": 6e-4},
+}
+
+# The base model of a task: arguments of cures_ray.base_model.BaseModelSpec.
+BASES: dict[str, dict[str, int]] = {
+    "chain": {"prompts": 2048, "eval_prompts": 400, "sft_steps": 1200, "hidden": 64, "layers": 2, "heads": 4},
+    "program": {"prompts": 2048, "eval_prompts": 300, "sft_steps": 1200, "hidden": 64, "layers": 2, "heads": 4},
+}
+
+
+def split_arm(label: str) -> tuple[str, str, Overrides]:
+    """``wide@learner.lr=2e-3`` -> (arm "wide", control "", its further overrides).
+
+    Raises:
+        ConfigError: unknown arm or key.
+    """
+    name, *changes = label.split("@")
+    arm, control = CONTROLS.get(name, (name, ""))
+    if arm not in ARMS:
+        raise ConfigError(f"unknown arm {name!r}; there are {', '.join([*ARMS, *CONTROLS])}")
+    known, extra = set(known_keys()), {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        key = key if "." in key else f"curriculum.{key}"
+        if not equals or key not in known:
+            raise ConfigError(f"arm {label!r}: {change!r} is not key=value with a key of the configuration")
+        extra[key] = float(value) if _is_number(value) and not value.isdecimal() else yaml.safe_load(value)
+    return arm, control, extra
+
+
+def arm_config(
+    label: str, *, task: str, variant: str, seed: int, budget: int, base: str, run_dir: str, extra: Overrides
+) -> Config:
+    """The resolved configuration of one run: common, task, arm, label, command line, in this order."""
+    arm, _, changes = split_arm(label)
+    rates = LEARNING_RATES[task, variant]
+    values: Overrides = COMMON | {
+        "model.path": f"{base}/model",
+        "data.train": f"{base}/train.jsonl",
+        "data.eval": f"{base}/eval.jsonl",
+        "rollout.max_new_tokens": TASKS[task].max_new_tokens,
+        "verifier.fn": TASKS[task].verifier,
+        "learner.lr": rates.get(arm, rates["*"]),
+        "learner.seed": seed,
+        "data.seed": seed,
+        "trainer.seed": seed,
+        "trainer.rollout_budget": budget,
+        "checkpoint.dir": run_dir,
+    }
+    values |= ARMS[arm] | changes | extra
+    planned = values["curriculum.rollouts_per_step"] * PLANNED_PER_TRAINED.get(arm, 1.0)
+    values.setdefault("trainer.steps", max(1, budget // values["curriculum.rollouts_per_step"]))
+    values.setdefault("eval.interval", max(1, round(budget / planned / EVALUATIONS)))
+    return Config.model_validate(nested(values))
+
+
+def nested(values: Overrides) -> dict[str, dict[str, Any]]:
+    """{"section.key": value} -> {"section": {"key": value}}."""
+    tree: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = value
+    return tree
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,28 @@
+"""``cures bench``: the benchmarks by name. Each imports only what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+BENCHMARKS = {  # subcommand -> (module with main(argv), what it measures)
+    "convergence": ("benchmarks.convergence", "methods at equal cost, with confidence intervals"),
+    "sweep": ("benchmarks.lr_sweep", "the same learning-rate sweep for every method, on seeds of its own"),
+    "compare": ("benchmarks.compare", "two result files; fails on a regression beyond the recorded spread"),
+    "ledger-scale": ("benchmarks.ledger_scale", "the curriculum at up to a million prompts"),
+    "verifier": ("benchmarks.verifier", "verdicts per second"),
+    "weight-sync": ("benchmarks.weight_sync", "weights from the learner to the generators"),
+    "gradient-stats": ("benchmarks.gradient_stats", "cost of the output-layer statistics"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Exit code of the benchmark."""
+    parser = argparse.ArgumentParser(prog="cures bench", description="Run a benchmark.")
+    parser.add_argument(
+        "benchmark", choices=list(BENCHMARKS), help="; ".join(f"{k}: {v[1]}" for k, v in BENCHMARKS.items())
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see cures bench BENCHMARK --help")
+    known = parser.parse_args(argv)
+    module = importlib.import_module(BENCHMARKS[known.benchmark][0])
+    return int(module.main(known.arguments))
