@@ -44,7 +44,7 @@ class BaseModelSpec:
     seed: int = 0
     prompts: int = 2048
     eval_prompts: int = 400
-    sft_steps: int = 220
+    sft_steps: int = 240
     sft_batch: int = 64  # completions per supervised step
     sft_lr: float = 1e-2  # embeddings and norms, AdamW
     sft_muon_lr: float = 0.02  # the matrices

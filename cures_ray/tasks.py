@@ -35,7 +35,7 @@ CODE_CLOSE = "]\n```"
 HIDDEN_X = (3, 4, 5, 7, 10, -1, -2)
 
 # Probability that an entry is taught wrong ~ Beta(a, b), by operation: from mastered to hardly known.
-CHAIN_ERROR = {"+": (0.3, 3.0), "-": (0.8, 1.0), "*": (3.0, 0.6)}
+CHAIN_ERROR = {"+": (0.3, 3.0), "-": (0.8, 1.2), "*": (2.0, 0.7)}
 PROGRAM_ERROR = {"x": (0.3, 3.0), "x*x": (0.8, 1.0), "(x%2)": (3.0, 0.6)}
 COEFFICIENTS = tuple(a for a in range(-9, 10) if a)
 
