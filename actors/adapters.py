@@ -9,7 +9,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import (
-    ActorUnavailableError,
     GetTimeoutError,
     NodeDiedError,
     ObjectLostError,

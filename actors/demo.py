@@ -1,6 +1,6 @@
 """``make demo``: base model, training, evaluation, summary and picture, on one CPU machine in minutes.
 
-    python -m actors.demo [--seed 0] [--dir runs/demo] [section.key=value ...]
+python -m actors.demo [--seed 0] [--dir runs/demo] [section.key=value ...]
 """
 
 from __future__ import annotations

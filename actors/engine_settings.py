@@ -100,7 +100,7 @@ def kv_cache_mib(hf: Any, config: Config, max_model_len: int, free_mib: int) -> 
     head_size = getattr(hf, "head_dim", None) or hf.hidden_size // heads
     kv_heads = getattr(hf, "num_key_value_heads", None) or heads
     token = 2 * hf.num_hidden_layers * kv_heads * head_size * BYTES[dtype_of(config)]
-    context = -(-token * (max_model_len + 128) // 2**20)
+    context = -(-token * (max_model_len + 32) // 2**20)
     most = free_mib // 8 // config.rollout.num_generators
     return max(64, context, min(context * config.rollout.max_concurrent_rollouts, most))
 

@@ -71,7 +71,9 @@ def _score(prompts: PromptTable, texts: list[list[str]], verifier: VerifierConfi
     from cures_ray.verify_pool import VerifyItem, VerifyPool
 
     items = [
-        VerifyItem(prompt=prompts.row(i), completion=text) for i, completions in enumerate(texts) for text in completions
+        VerifyItem(prompt=prompts.row(i), completion=text)
+        for i, completions in enumerate(texts)
+        for text in completions
     ]
     pool = VerifyPool(verifier)
     try:

@@ -122,6 +122,8 @@ class Run:
         self.log = RunLog(config, inputs.run_dir)
         self.shm = shm_folder(inputs.run_dir)
         self.actors: list[Any] = []
+        self.learner: LearnerGroup | None = None
+        self.backend = self._backend()
         self.store = CheckpointStore(inputs.run_dir, config.checkpoint.keep)
         for note in inputs.notes:
             self.log.note(note)
@@ -167,19 +169,22 @@ class Run:
     async def _start_actors(self) -> Ports:
         """Generators, learner and verifiers start side by side; the ledger last, when everything stands."""
         config, inputs = self.config, self.inputs
-        margin = config.rollout.timeout_s
-        learner = LearnerGroup(config, [self.placement.options("learner", r) for r in range(config.learner.num_ranks)])
+        options = [self.placement.options("learner", rank) for rank in range(config.learner.num_ranks)]
+        learner = self.learner = LearnerGroup(config, options)
         fleet = RayFleet(self._generator, config.rollout.timeout_s)
         verifiers = [self._verifier(i) for i in range(config.verifier.num_workers)]
         resume = inputs.resume / "learner" if inputs.resume else None
         canary = [inputs.train.row(i).token_ids for i in range(min(config.weights.canary_prompts, len(inputs.train)))]
         await asyncio.gather(
-            learner.start(self.shm, self._backend(), canary, resume),
+            learner.start(self.shm, self.backend, canary, resume),
             fleet.launch(config.rollout.num_generators),
         )
         ledger = self._ledger()
         return Ports(
-            ledger=RayLedger(ledger), fleet=fleet, verifier=RayVerifiers(verifiers, margin), learner=learner
+            ledger=RayLedger(ledger),
+            fleet=fleet,
+            verifier=RayVerifiers(verifiers, config.rollout.timeout_s),
+            learner=learner,
         )
 
     def _backend(self) -> str:
@@ -203,7 +208,7 @@ class Run:
     def _generator(self, index: int) -> Any:
         options = self.placement.options("generator", index)
         actor = ray.remote(GeneratorActor).options(max_concurrency=1000, **options)
-        handle = actor.remote(f"generator-{index}", self.config, self.config.model.path)
+        handle = actor.remote(f"generator-{index}", self.config, self.config.model.path, backend=self.backend)
         self.actors.append(handle)
         return handle
 
@@ -231,7 +236,7 @@ class Run:
 
     def teardown(self) -> None:
         """End every actor, placement group and shared-memory file of this run."""
-        for handle in self.actors:
+        for handle in [*self.actors, *(self.learner.ranks if self.learner else [])]:
             with suppress(Exception):
                 ray.kill(handle)
         self.placement.remove()

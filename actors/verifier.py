@@ -21,7 +21,7 @@ MAX_GROUPS = 64  # in work at once; the threads only wait
 class VerifierActor:
     """Launch with ``ray.remote(VerifierActor).options(max_concurrency=64, max_restarts=-1, ...)``.
 
-    The processes start with the first calls, or with ``ping``; they die with the actor.
+    The processes start with it and die with it; ``ping`` waits for them.
     """
 
     def __init__(self, config: Config) -> None:
@@ -31,6 +31,7 @@ class VerifierActor:
         self._outcomes: Counter[str] = Counter()
         self._faults: Counter[str] = Counter()
         self._seconds = 0.0
+        self._threads.submit(self._pool.prewarm)  # a failure comes up again with the first call
 
     async def verify(self, group: RolloutGroup, prompt: PromptRow) -> list[Verdict]:
         """One verdict a rollout of ``group`` (Ray resolves the handle), in order. Ends within

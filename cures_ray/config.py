@@ -12,9 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Method = Literal["uniform", "cures", "gvm", "dapo", "speed", "mopps", "reinforce_ada", "knapsack"]
-Advantage = Literal[
-    "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "posterior_loo", "raft_pp"
-]
+Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "posterior_loo", "raft_pp"]
 
 
 class Section(BaseModel):

@@ -100,9 +100,7 @@ def _read_tree(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"configuration {path} cannot be parsed: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"configuration {path}: sections expected at the top level, found {type(tree).__name__}"
-        )
+        raise ConfigError(f"configuration {path}: sections expected at the top level, found {type(tree).__name__}")
     return tree
 
 
@@ -161,11 +159,7 @@ def _unknown(name: str) -> str:
     near = (
         same_leaf
         or difflib.get_close_matches(name, keys, n=1, cutoff=0.6)
-        or [
-            k
-            for k in keys
-            if k.split(".")[-1] in difflib.get_close_matches(last, [k.split(".")[-1] for k in keys], 1)
-        ]
+        or [k for k in keys if k.split(".")[-1] in difflib.get_close_matches(last, [k.split(".")[-1] for k in keys], 1)]
     )
     hint = f"did you mean {near[0]}?" if near else "see docs/configuration.md for all keys"
     return f"unknown key {name}: {hint}"

@@ -26,8 +26,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -41,48 +41,18 @@ from cures_ray.messages import (
     GroupSummary,
     Lease,
     PayloadHandle,
-    PromptRow,
     RunError,
     Settlement,
     StepReport,
     Verdict,
     WeightUpdate,
 )
-from cures_ray.ports import (
-    CanaryFailed,
-    FleetPort,
-    GeneratorPort,
-    LearnerPort,
-    LedgerPort,
-    VerifierPort,
-    WorkerLost,
-)
+from cures_ray.ports import CanaryFailed, GeneratorPort, Observer, Ports, PromptSource, WorkerLost
 from cures_ray.slots import Metrics, Slot, VerifiedGroup, failed_generation, longest_waiting, step_metrics
-
-
-class PromptSource(Protocol):
-    def row(self, index: int) -> PromptRow: ...
-
-
-class Observer(Protocol):
-    """Receives one record per optimizer step; writes logs and the progress view."""
-
-    def step(self, step: int, metrics: Metrics, histograms: dict[str, np.ndarray]) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
 
 # (version, the generators that hold it now) -> eval/... metrics
 Evaluate = Callable[[int, Callable[[], list[GeneratorPort]]], Coroutine[Any, Any, Metrics]]
 SaveCheckpoint = Callable[[int], Awaitable[None]]  # version
-
-
-@dataclass(slots=True, kw_only=True)
-class Ports:
-    ledger: LedgerPort
-    fleet: FleetPort
-    verifier: VerifierPort
-    learner: LearnerPort
 
 
 class Driver:
@@ -237,9 +207,7 @@ class Driver:
             report = await self.ports.learner.train(batch) if batch.rollouts else _skipped(step)
             self._progress(f"optimizer step {step}")
             await self._finish_evaluation()  # it measures this version: weights may not change under it
-            accounting = await self.ports.ledger.commit(
-                replace(commit, gradient_statistics=report.gradient_statistics)
-            )
+            accounting = await self.ports.ledger.commit(replace(commit, gradient_statistics=report.gradient_statistics))
             accounting.check()
             metrics = step_metrics(plan, groups, report, accounting, step) | self._measured(idle)
             began = time.monotonic()
@@ -387,9 +355,7 @@ class Driver:
             silent = time.monotonic() - self._moved
             if silent > limit:
                 held = longest_waiting(list(self._slots.values()))
-                raise RunError(
-                    f"no progress for {silent:.0f} s (last: {self._last}; now: {self._doing}). {held}"
-                )
+                raise RunError(f"no progress for {silent:.0f} s (last: {self._last}; now: {self._doing}). {held}")
 
 
 def _skipped(step: int) -> StepReport:

@@ -32,7 +32,9 @@ class Evaluator:
         seed: the draws' seed; the same at every version, so that curves are paired.
     """
 
-    def __init__(self, prompts: EvalPrompts, verifier: VerifierPort, samples_per_prompt: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, prompts: EvalPrompts, verifier: VerifierPort, samples_per_prompt: int = 0, seed: int = 0
+    ) -> None:
         self.prompts, self.verifier = prompts, verifier
         self.samples_per_prompt, self.seed = samples_per_prompt, seed
         self.history: list[tuple[int, Metrics]] = []
@@ -56,9 +58,7 @@ class Evaluator:
             by_level: dict[str, list[float]] = defaultdict(list)
             for level, score in zip(self.prompts.levels, scores, strict=True):
                 by_level[f"{level:g}" if isinstance(level, float | np.floating) else str(level)].append(float(score))
-            result |= {
-                f"accuracy/level_{k}": float(np.nanmean(v)) for k, v in by_level.items() if np.isfinite(v).any()
-            }
+            result |= {f"accuracy/level_{k}": float(np.nanmean(v)) for k, v in by_level.items() if np.isfinite(v).any()}
         return result
 
     async def _score(

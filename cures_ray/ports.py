@@ -6,8 +6,11 @@ them in one process. Every call may raise `WorkerLost` when its worker is gone.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from cures_ray.messages import (
     Accounting,
@@ -122,3 +125,23 @@ class FleetPort(Protocol):
         """End generator ``name`` if it lives and start a fresh one with the original weights. Raises
         RunError when the restart budget is used up."""
         ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Ports:
+    ledger: LedgerPort
+    fleet: FleetPort
+    verifier: VerifierPort
+    learner: LearnerPort
+
+
+class PromptSource(Protocol):
+    def row(self, index: int) -> PromptRow: ...
+
+
+class Observer(Protocol):
+    """Receives one record per optimizer step; writes logs and the progress view."""
+
+    def step(self, step: int, metrics: dict[str, float], histograms: dict[str, np.ndarray]) -> None: ...
+
+    def note(self, text: str) -> None: ...
