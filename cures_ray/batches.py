@@ -1,0 +1,164 @@
+"""What the ledger holds of a batch between its draw and its commit."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cures_ray.messages import CommitReport, Discard, Lease
+
+OPEN, LEASED, SETTLED = "open", "leased", "settled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One round of a batch as a method plans it: k leases; entries with n = 0 make none."""
+
+    index: np.ndarray  # int64 [k] prompts
+    n: np.ndarray  # int64 [k] rollouts
+    weight: np.ndarray  # float64 [k] W_i c_i / m
+    role: str = "train"  # "train" | "pilot" | "screen"
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class Held:
+    """A lease of an uncommitted batch and what is known of it."""
+
+    lease: Lease
+    role: str
+    state: str = OPEN
+    worker: str = ""
+    rewards: np.ndarray  # float32 [n], 0 where not valid
+    valid: np.ndarray  # bool [n]: verified and no fault
+    tokens: int = 0
+    generate_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    fault_reason: Discard = Discard.VERIFIER_FAULT
+
+    @classmethod
+    def fresh(cls, lease: Lease, role: str) -> Held:
+        return cls(lease=lease, role=role, rewards=np.zeros(lease.n, np.float32), valid=np.zeros(lease.n, bool))
+
+    def as_json(self) -> dict[str, Any]:
+        lease = {name: getattr(self.lease, name) for name in Lease.__slots__}
+        settled = self.state == SETTLED
+        return {
+            "lease": lease,
+            "role": self.role,
+            "state": self.state,
+            "worker": self.worker,
+            "rewards": self.rewards.tolist() if settled else [],
+            "valid": self.valid.astype(int).tolist() if settled else [],
+            "spent": [self.tokens, self.generate_seconds, self.verify_seconds],
+            "fault_reason": self.fault_reason.value,
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Held:
+        held = cls.fresh(Lease(**record["lease"]), record["role"])
+        held.state, held.worker = record["state"], record["worker"]
+        if held.state == SETTLED:
+            held.rewards = np.array(record["rewards"], np.float32)
+            held.valid = np.array(record["valid"], bool)
+        held.tokens, held.generate_seconds, held.verify_seconds = record["spent"]
+        held.fault_reason = Discard(record["fault_reason"])
+        return held
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """The leases planned for one optimizer step, round after round."""
+
+    number: int
+    rounds: int = 0  # planned so far
+    leases: list[Held] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    missing: int = 0  # leases that are not settled
+    finished: bool = False  # every round planned and settled
+
+    def of_round(self, number: int) -> list[Held]:
+        return [held for held in self.leases if held.lease.round == number]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "number": self.number,
+            "rounds": self.rounds,
+            "leases": [held.as_json() for held in self.leases],
+            "metrics": {k: v for k, v in self.metrics.items() if np.isfinite(v)},
+            "infinite": [k for k, v in self.metrics.items() if not np.isfinite(v)],
+            "finished": self.finished,
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Batch:
+        leases = [Held.from_json(r) for r in record["leases"]]
+        return cls(
+            number=record["number"],
+            rounds=record["rounds"],
+            leases=leases,
+            metrics=record["metrics"] | {k: float("inf") for k in record["infinite"]},
+            missing=sum(held.state != SETTLED for held in leases),
+            finished=record["finished"],
+        )
+
+
+def batch_metrics(batch: Batch) -> dict[str, float]:
+    """Outcomes of a batch: rewards, and the share of prompts from which anything can be learned."""
+    means = np.array([float(h.rewards[h.valid].mean()) for h in batch.leases if h.valid.any()])
+    n = np.array([h.lease.n for h in batch.leases], np.float64)
+    valid = sum(int(h.valid.sum()) for h in batch.leases)
+    return {
+        "rounds": float(batch.rounds),
+        "leases": float(len(n)),
+        "useful": float(((means > 0) & (means < 1)).mean()) if len(means) else 0.0,
+        "prompt_reward": float(means.mean()) if len(means) else 0.0,
+        "fault_fraction": 1.0 - valid / max(float(n.sum()), 1.0),
+    }
+
+
+def batch_histograms(batch: Batch) -> dict[str, np.ndarray]:
+    """n of every lease, and the accuracy that was believed when it was planned."""
+    return {
+        "n_by_lease": np.array([h.lease.n for h in batch.leases], np.float64),
+        "p_by_lease": np.array([h.lease.alpha / (h.lease.alpha + h.lease.beta) for h in batch.leases]),
+    }
+
+
+def ending(held: Held, keep: np.ndarray, reason: Discard, report: CommitReport) -> tuple[int, dict[Discard, int]]:
+    """(trained, discarded by reason) of one lease's n rollouts. What the report leaves open ends as a fault,
+    as dropped by the method, and beyond these as lost: kept, but its payload never reached the learner.
+
+    Raises:
+        ValueError: the report ends more rollouts than the lease has.
+    """
+    lease_id, n = held.lease.lease_id, held.lease.n
+    trained = int(report.trained.get(lease_id, 0))
+    discarded = {Discard(k): int(v) for k, v in report.discarded.get(lease_id, {}).items()}
+    left = n - trained - sum(discarded.values())
+    if left < 0 or trained < 0 or min(discarded.values(), default=0) < 0:
+        raise ValueError(f"commit of lease {lease_id}: {trained} trained and {discarded} discarded, of {n} rollouts")
+    faults, dropped = int((~held.valid).sum()), int((held.valid & ~keep).sum())
+    for why, count in ((held.fault_reason, faults), (reason, dropped), (Discard.LOST, n)):
+        more = min(left, max(count - discarded.get(why, 0), 0))
+        if more:
+            discarded[why] = discarded.get(why, 0) + more
+            left -= more
+    return trained, discarded
+
+
+def lease_seed(seed: int, lease_id: int) -> int:
+    """62 bits from (seed, lease_id), by the SplitMix64 finaliser."""
+    mask = (1 << 64) - 1
+    z = (seed * 0x9E3779B97F4A7C15 + (lease_id + 1) * 0xD1342543DE82EF95) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) >> 2
+
+
+def digest(prompt_ids: np.ndarray) -> str:
+    """Identity of a prompt table: of its ids and their order."""
+    return hashlib.sha256(np.ascontiguousarray(prompt_ids).tobytes()).hexdigest()[:16]
