@@ -28,7 +28,6 @@ import re
 import select
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -99,7 +98,6 @@ class Sandbox:
         self.memory_mb, self.seccomp = memory_mb, seccomp
         self.network = ""
         self._process: subprocess.Popen[bytes] | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._rest = b""
 
     def run(self, code: str, tests: Tests, wall_s: float, cpu_s: float) -> list[dict[str, Any]]:
@@ -138,10 +136,9 @@ class Sandbox:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self.close()
-        self._folder = tempfile.TemporaryDirectory(prefix="cures-sandbox-", ignore_cleanup_errors=True)
         child = Path(__file__).with_name("sandbox_child.py")
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(child), self._folder.name],
+            [sys.executable, "-I", "-S", "-B", str(child)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -174,9 +171,6 @@ class Sandbox:
                     if pipe is not None:
                         pipe.close()
             self._process = None
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
 
 
 def verify_code(
@@ -185,7 +179,7 @@ def verify_code(
     """Judge a completion's program by the tests in ``answer``; ``format_reward`` goes to a wrong program."""
     tests = read_tests(answer)
     if isinstance(tests, str):
-        return fault(f"unparsable gold {answer!r:.80}: {tests}")
+        return fault(f"unparsable gold ...{answer[-80:]!r}: {tests}")
     code = extract_code(completion)
     if code is None or not code.strip():
         return incorrect("no program: no code block, box or definition")
@@ -226,7 +220,8 @@ def _wrong_call(output: str, tests: Tests) -> str | None:
 def _wrong_text(runs: list[dict[str, Any]], tests: Tests) -> str | None:
     for i, run in enumerate(runs):
         if run["failed"]:
-            return f"test {i}: {run['output'].strip()[-100:]}"
+            reason = run["output"].strip().rpartition('{"error": ')[2]
+            return f"test {i}: {reason[-150:].strip('}')}"
         if _lines(run["output"]) != _lines(tests.outputs[i]):
             return f"test {i}: printed {run['output'].strip()[:60]!r}"
     return None if len(runs) == len(tests.inputs) else "not every test ran"

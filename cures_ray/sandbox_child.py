@@ -17,6 +17,7 @@ import select
 import signal
 import struct
 import sys
+import tempfile
 import time
 
 PRELOADED = (
@@ -229,7 +230,9 @@ def main() -> None:
     sys.setrecursionlimit(10_000)
     for name in PRELOADED.split():
         __import__(name)
-    os.chdir(sys.argv[1])
+    folder = tempfile.mkdtemp(prefix="cures-sandbox-")
+    os.chdir(folder)
+    os.rmdir(folder)  # the working folder of every program: empty, writable by nobody, gone with this process
     network = close_network()
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     replies.write(json.dumps({"network": network}).encode() + b"\n")

@@ -42,8 +42,9 @@ def main() -> None:
     except ConfigError as error:
         _send(replies, {"error": str(error)})
         return
-    except MemoryError:
-        _send(replies, {"error": f"verifier.max_rss_mb = {options['max_rss_mb']} is too little to start; raise it"})
+    except (MemoryError, ImportError, OSError) as error:
+        why = f"the verifier does not start within verifier.max_rss_mb = {options['max_rss_mb']}: {error!r}; raise it"
+        _send(replies, {"error": why})
         return
     _send(replies, {"ready": True})
     signal.signal(signal.SIGALRM, _on_alarm)
@@ -94,7 +95,7 @@ def _judge_one(judge: Judge, item: dict[str, Any]) -> dict[str, Any]:
             raise
         verdict, retire = fault(f"no verdict within {item['timeout_s']:g} s (verifier.timeout_s)"), True
     signal.setitimer(signal.ITIMER_PROF, 0)
-    retire = retire or "MemoryError" in verdict.detail
+    retire = retire or (verdict.is_fault and "MemoryError" in verdict.detail)
     return {"outcome": verdict.outcome, "reward": verdict.reward, "detail": verdict.detail, "retire": retire}
 
 

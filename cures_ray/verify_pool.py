@@ -9,6 +9,7 @@ down, is a FAULT with the reason; the items after it meet a fresh process. Every
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -79,15 +80,17 @@ class Child:
             raise ConfigError(first["error"])
 
     def judge(self, item: VerifyItem, timeout_s: float) -> Verdict:
-        """One item's verdict; a fault for whatever goes wrong with it."""
+        """One item's verdict; a fault for whatever goes wrong with it. Raises ConfigError as ``start`` does."""
         began = time.monotonic()
         try:
             self.start()
             began = time.monotonic()
             answer = self._ask(item, timeout_s)
-        except (ChildLost, ConfigError) as error:
+        except ChildLost as error:
             self.kill()
             return replace(fault(str(error)), seconds=time.monotonic() - began)
+        except (TypeError, ValueError, RecursionError) as error:  # before anything was sent
+            return fault(f"the data row is no JSON: {error}")
         if answer["retire"]:
             self.kill()
         return Verdict(
@@ -148,15 +151,18 @@ class Child:
             return "the verifier process closed its output"
         return f"the verifier process died ({f'signal {-status}' if status < 0 else f'status {status}'})"
 
+    def end(self) -> None:
+        """From another thread: let whoever waits for the process see its death."""
+        if (process := self._process) is not None:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, 9)
+
     def kill(self) -> None:
         """End the process and what it started; they are a process group."""
+        self.end()
         process, self._process = self._process, None
         if process is None:
             return
-        try:
-            os.killpg(process.pid, 9)
-        except OSError:
-            process.kill()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -203,6 +209,9 @@ class VerifyPool:
         """One verdict an item, in order. Takes at most len(items) hard deadlines, plus what was asked before.
 
         Items of one prompt go to one process in one go as far as all processes stay busy: it parses the gold once.
+
+        Raises:
+            ConfigError: the verifier cannot be loaded on this machine; no item's fault.
         """
         limit = timeout_s or self.config.timeout_s
         verdicts: list[Verdict] = [fault("the verifier pool was closed")] * len(items)
@@ -245,7 +254,9 @@ class VerifyPool:
     def close(self) -> None:
         """End all processes. Items in work become faults."""
         self._closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for child in self._children:
+            child.end()
+        self._threads.shutdown(wait=True, cancel_futures=True)  # their processes are dead: soon
         for child in self._children:
             child.kill()
 
