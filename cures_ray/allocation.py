@@ -29,13 +29,13 @@ def apportion(weights: np.ndarray, total: int, n_min: Bound, n_max: Bound) -> np
         raise ValueError("allocation weights must be finite and >= 0")
     if not len(w):
         return np.zeros(0, np.int64)
-    w = np.maximum(w / w.max(), _FLOOR) if w.max() > 0 else np.ones_like(w)
-    share = np.clip(_scale(w, total, low, high) * w, low, high)
+    floored = np.maximum(w / w.max(), _FLOOR) if w.max() > 0 else np.ones_like(w)
+    share = np.clip(_scale(floored, total, low, high) * floored, low, high)
     n = np.clip(np.floor(share + 1e-9).astype(np.int64), low, high)
     for _ in range(2):  # the second pass only when rounding errors left more units than open prompts
         missing = total - int(n.sum())
         open_ = np.flatnonzero(n < high) if missing > 0 else np.flatnonzero(n > low)
-        order = open_[np.argsort((n - share)[open_] * np.sign(missing), kind="stable")]
+        order = open_[np.lexsort((-w[open_] * np.sign(missing), (n - share)[open_] * np.sign(missing)))]
         n[order[: abs(missing)]] += np.sign(missing)
     assert n.sum() == total
     return n
@@ -170,17 +170,20 @@ def _bounds(k: int, total: int, n_min: Bound, n_max: Bound) -> tuple[np.ndarray,
 
 
 def _scale(w: np.ndarray, total: int, low: np.ndarray, high: np.ndarray) -> float:
-    """t with sum clip(t w, low, high) = total, w > 0: exact on the piecewise linear sum, O(k log k)."""
-    enter, leave = low / w, high / w  # prompt i grows with slope w_i while t is between them
-    knot = np.concatenate([enter, leave])
-    order = np.argsort(knot, kind="stable")
-    knot = knot[order]
-    slope = np.cumsum(np.concatenate([w, -w])[order])
-    filled = low.sum() + np.concatenate([[0.0], np.cumsum(slope[:-1] * np.diff(knot))])
-    at = int(np.searchsorted(filled, total, side="right")) - 1
-    if at >= len(knot) - 1 or slope[at] <= 0:
-        return float(knot[min(at, len(knot) - 1)])
-    return float(knot[at] + (total - filled[at]) / slope[at])
+    """t with sum clip(t w, low, high) = total, w > 0: a binary search over the knots of the piecewise linear
+    sum, each evaluated anew (running sums of slopes would cancel when weights span many decades)."""
+    knot = np.sort(np.concatenate([low / w, high / w]))
+    left, right = 0, len(knot) - 1  # the sum is <= total at the left knot and >= total at the right one
+    while right - left > 1:
+        middle = (left + right) // 2
+        if np.clip(knot[middle] * w, low, high).sum() <= total:
+            left = middle
+        else:
+            right = middle
+    grows = (low / w <= knot[left]) & (high / w >= knot[right])
+    slope = w[grows].sum()
+    filled = np.clip(knot[left] * w, low, high).sum()
+    return float(min(knot[left] + (total - filled) / slope, knot[right])) if slope > 0 else float(knot[right])
 
 
 def _greedy(value: np.ndarray, first: int, total: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
