@@ -16,7 +16,7 @@ Bound = int | np.ndarray
 _FLOOR = 1e-12  # share of a zero-weight prompt relative to the largest weight: gets what nobody else can take
 
 
-def apportion(weights: np.ndarray, total: int, n_min: Bound, n_max: Bound) -> np.ndarray:
+def apportion(weights: np.ndarray, total: int, n_min: Bound, n_max: Bound | None = None) -> np.ndarray:
     """n_i proportional to ``weights`` [k] >= 0 within the bounds, summing to ``total``: int64 [k].
 
     Finds the scale t with sum clip(t w_i, n_min, n_max) = total, rounds by largest remainder, ties to the
@@ -24,7 +24,7 @@ def apportion(weights: np.ndarray, total: int, n_min: Bound, n_max: Bound) -> np
     Raises ValueError when the bounds do not admit ``total``, or a weight is negative or not finite.
     """
     w = np.asarray(weights, np.float64)
-    low, high = _bounds(len(w), total, n_min, n_max)
+    low, high = _bounds(len(w), total, n_min, total if n_max is None else n_max)
     if not (np.all(np.isfinite(w)) and np.all(w >= 0)):
         raise ValueError("allocation weights must be finite and >= 0")
     if not len(w):
