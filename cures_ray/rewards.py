@@ -250,6 +250,8 @@ def read_gold(text: str) -> Answer | GoldError:
         if gold.words is None and gold.number is None and not gold.expressions:
             return GoldError("math-verify cannot parse it")
         return gold
+    except MemoryError:
+        raise  # says nothing about the gold
     except Exception as error:
         return GoldError(f"{type(error).__name__}: {error}")
 
@@ -257,7 +259,7 @@ def read_gold(text: str) -> Answer | GoldError:
 def verify_math(completion: str, gold_text: str, format_reward: float = 0.0) -> Verdict:
     """Judge ``completion`` against ``gold_text``; ``format_reward`` goes to a closed box with a wrong answer.
 
-    math-verify's TimeoutException (a BaseException) passes through: only who set the alarm knows what it means.
+    MemoryError and math-verify's TimeoutException (a BaseException) pass through: only who set the limits knows.
     """
     gold = read_gold(gold_text)
     if isinstance(gold, GoldError):
@@ -270,6 +272,8 @@ def verify_math(completion: str, gold_text: str, format_reward: float = 0.0) -> 
     try:
         answer = Answer(content)
         right = same(gold, answer)
+    except MemoryError:
+        raise
     except Exception as error:
         return fault(f"comparison failed: {type(error).__name__}: {error}")
     return correct(answer.clean) if right else incorrect(answer.clean, format_reward)

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from cures_ray.messages import ConfigError, Verdict
+from cures_ray.messages import ConfigError, Outcome, Verdict
 from cures_ray.rewards import fault, verify_math
 
 Judge = Callable[[dict[str, Any]], Verdict]
@@ -101,7 +101,9 @@ def _judge_one(judge: Judge, item: dict[str, Any]) -> dict[str, Any]:
 
 def _math_judge(options: dict[str, Any]) -> Judge:
     reward = options["format_reward"]
-    verify_math(r"\boxed{\frac{x}{2}}", r"\frac{x + 0}{2}")  # imports SymPy and builds its parser now
+    warm = verify_math(r"\boxed{\frac{x}{2}}", r"\frac{x + 0}{2}")  # imports SymPy and builds its parser now
+    if warm.outcome is not Outcome.CORRECT:  # math-verify hides a MemoryError
+        raise MemoryError(warm.detail)
     return lambda item: verify_math(item["completion"], item["answer"], reward)
 
 

@@ -140,7 +140,8 @@ def test_a_program_that_waits_is_no_verdict_on_its_answer(sandbox):
 
 def test_a_program_cannot_find_the_expected_outputs(sandbox):
     gold = json.dumps({"entry": "f", "tests": [[[1], "the-secret"]]})
-    code = "import gc\ndef f(x):\n    return [o for o in map(repr, gc.get_objects()) if ''.join(reversed('terces-eht')) in o]"
+    wanted = "''.join(reversed('terces-eht'))"
+    code = f"import gc\ndef f(x):\n    return [o for o in map(repr, gc.get_objects()) if {wanted} in o]"
     assert judge(program(code), gold, sandbox).detail == "test 0: f(1) = []"
 
 
