@@ -148,8 +148,8 @@ LEARNING_RATES: dict[tuple[str, str], dict[str, float]] = {
 
 # The base model of a task: arguments of cures_ray.base_model.BaseModelSpec.
 BASES: dict[str, dict[str, int]] = {
-    "chain": {"prompts": 2048, "eval_prompts": 400, "sft_steps": 1200, "hidden": 64, "layers": 2, "heads": 4},
-    "program": {"prompts": 2048, "eval_prompts": 300, "sft_steps": 1200, "hidden": 64, "layers": 2, "heads": 4},
+    "chain": {"prompts": 2048, "eval_prompts": 400, "sft_steps": 400, "hidden": 64, "layers": 2, "heads": 4},
+    "program": {"prompts": 2048, "eval_prompts": 300, "sft_steps": 400, "hidden": 64, "layers": 2, "heads": 4},
 }
 
 

@@ -113,8 +113,7 @@ def write_report(args: argparse.Namespace, labels: list[str], records: list[dict
     if args.name:
         from benchmarks.results_file import write_result
 
-        path = write_result(args.name, command, result_figures(figures), result_rows(figures, records))
-        _say(f"wrote {path}")
+        write_result(args.name, result_figures(figures), result_rows(figures, records), command=command)
 
 
 def _say(line: str) -> None:

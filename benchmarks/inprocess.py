@@ -49,6 +49,7 @@ from cures_ray.messages import (
     WeightUpdate,
 )
 from cures_ray.ports import GeneratorPort, VerifierPort
+from cures_ray.predictor import prompt_features
 from cures_ray.preflight import Inputs
 
 MAX_BATCH = 1024  # rollouts sampled in one batch
@@ -345,7 +346,10 @@ def run_in_process(
 
 def make_curriculum(config: Config, inputs: Inputs) -> Curriculum:
     """As ``actors.ledger`` makes it."""
-    return Curriculum(config, inputs.train.ids, inputs.train.levels, None)
+    train, features = inputs.train, None
+    if config.curriculum.prior_from == "predictor":
+        features = prompt_features(train.columns["text"].to_pylist(), train.levels)
+    return Curriculum(config, train.ids, train.levels, features)
 
 
 def _oracle(

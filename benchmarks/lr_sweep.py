@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         from benchmarks.results_file import write_result
 
         figures = {f"{row['arm']}/best_lr": row["lr"] for row in rows if row["best"]}
-        _say(f"wrote {write_result(args.name, 'cures bench sweep ' + shlex.join(argv), figures, rows)}")
+        write_result(args.name, figures, rows, command="cures bench sweep " + shlex.join(argv))
     return 1 if any(r["status"] != "done" for r in records) else 0
 
 

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +26,11 @@ from benchmarks.cell import Spec
 
 Command = Callable[[Path, Path], list[str]]  # (spec file, result file) -> argv
 POLL_S = 0.2
+# PYTHONDONTWRITEBYTECODE makes each process compile transformers again, for half a minute
+COMPILED_ONCE = {
+    "PYTHONDONTWRITEBYTECODE": "",
+    "PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir()) / "cures-pycache"),
+}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -105,7 +111,7 @@ class Sweep:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=os.environ | threads,
+                env=os.environ | COMPILED_ONCE | threads,
             )
 
     def _ended(self, process: subprocess.Popen[bytes], since: float) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from cures_ray.messages import ConfigError
-from cures_ray.tasks import BOX, CODE_CLOSE, CODE_OPEN, EXAMPLES, TASKS, Problem, Skill, Task, generate, to_row
+from cures_ray.tasks import BOX, CODE_CLOSE, CODE_OPEN, EXAMPLES, TASKS, TERMS, Problem, Skill, Task, generate, to_row
 
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -59,7 +59,7 @@ def build_tokenizer() -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    phrases = [BOX, EXAMPLES, CODE_OPEN, CODE_CLOSE]
+    phrases = [BOX, EXAMPLES, CODE_OPEN, CODE_CLOSE, *TERMS.values()]
     pairs = [f"{n:02d}" for n in range(100)]
     operations = [f"{op}{n:02d}" for op in "+-*" for n in range(100)]
     vocabulary = [PAD, END, "<|unk|>", *ROLES, *phrases, *pairs, *operations, *string.printable]

@@ -20,6 +20,7 @@ class Round:
     index: np.ndarray  # int64 [k] prompts
     n: np.ndarray  # int64 [k] rollouts
     weight: np.ndarray  # float64 [k] W_i c_i / m
+    draws: np.ndarray | None = None  # int64 [k] multiplicity; None: 1 each
     role: str = "train"  # "train" | "pilot" | "screen"
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -30,6 +31,7 @@ class Held:
 
     lease: Lease
     role: str
+    draws: int = 1  # multiplicity of the prompt in its draw
     state: str = OPEN
     worker: str = ""
     rewards: np.ndarray  # float32 [n], 0 where not valid
@@ -40,8 +42,8 @@ class Held:
     fault_reason: Discard = Discard.VERIFIER_FAULT
 
     @classmethod
-    def fresh(cls, lease: Lease, role: str) -> Held:
-        return cls(lease=lease, role=role, rewards=np.zeros(lease.n, np.float32), valid=np.zeros(lease.n, bool))
+    def fresh(cls, lease: Lease, role: str, draws: int) -> Held:
+        return cls(lease=lease, role=role, draws=draws, rewards=np.zeros(lease.n, np.float32), valid=np.zeros(lease.n, bool))
 
     def as_json(self) -> dict[str, Any]:
         lease = {name: getattr(self.lease, name) for name in Lease.__slots__}
@@ -49,6 +51,7 @@ class Held:
         return {
             "lease": lease,
             "role": self.role,
+            "draws": self.draws,
             "state": self.state,
             "worker": self.worker,
             "rewards": self.rewards.tolist() if settled else [],
@@ -59,7 +62,7 @@ class Held:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Held:
-        held = cls.fresh(Lease(**record["lease"]), record["role"])
+        held = cls.fresh(Lease(**record["lease"]), record["role"], record["draws"])
         held.state, held.worker = record["state"], record["worker"]
         if held.state == SETTLED:
             held.rewards = np.array(record["rewards"], np.float32)

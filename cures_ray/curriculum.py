@@ -162,7 +162,7 @@ class Curriculum:
                 seed=lease_seed(self.config.trainer.seed, self.next_lease),
             )
             self.next_lease += 1
-            held = Held.fresh(lease, planned.role)
+            held = Held.fresh(lease, planned.role, 1 if planned.draws is None else int(planned.draws[i]))
             batch.leases.append(held)
             batch.missing += 1
             self._held[lease.lease_id] = (batch, held)
@@ -230,7 +230,8 @@ class Curriculum:
             n = held.lease.n
             self.accounting.planned += n
             self._discard(reason, n)
-            fresh = Held.fresh(replace(held.lease, attempt=attempt + 1, policy_version=-1), held.role)
+            again = replace(held.lease, attempt=attempt + 1, policy_version=-1)
+            fresh = Held.fresh(again, held.role, held.draws)
             batch.leases[batch.leases.index(held)] = fresh
             self._held[lease_id] = (batch, fresh)
             heapq.heappush(self._queue, lease_id)

@@ -4,100 +4,48 @@ A method is two functions over one batch. ``next_round`` plans round 0 from the 
 from the settled outcomes of the batch, None when there is nothing more to generate; ``select`` says which
 rollouts are trained. Neither keeps state: what happened is in the batch, what is believed in the pool. Random
 numbers come from (seed, batch, round) alone, so a plan can be recomputed.
+
+Methods whose rounds depend on the rewards of the same batch are in methods_rounds.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import numpy as np
 
-from cures_ray.allocation import apportion, sigma_bernoulli
-from cures_ray.batches import Batch, Held, Round
-from cures_ray.config import Config
-from cures_ray.messages import Discard
-from cures_ray.pool import PromptPool, generator
-from cures_ray.sampling import Draw, importance_weights, weight_ess
-
-Selection = tuple[np.ndarray, Discard]  # bool [n], and why the others are dropped
-NextRound = Callable[[PromptPool, Batch], Round | None]
-Select = Callable[[PromptPool, Batch], list[Selection]]
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    next_round: NextRound
-    select: Select = field(default_factory=lambda: keep_all)
-
-
-def round_rng(config: Config, batch: Batch) -> np.random.Generator:
-    return generator(config.trainer.seed, batch.number, batch.rounds)
-
-
-def keep_all(pool: PromptPool, batch: Batch) -> list[Selection]:
-    """Everything that was verified; pilots only with ``train_on_pilots``."""
-    all_train = pool.config.curriculum.train_on_pilots
-    return [
-        (held.valid & (all_train or held.role != "pilot"), Discard.PILOT if held.role == "pilot" else Discard.FILTERED)
-        for held in batch.leases
-    ]
-
-
-def draw_metrics(pool: PromptPool, draw: Draw, n: np.ndarray) -> dict[str, float]:
-    return {
-        "tau": draw.tau,
-        "ess": draw.ess,
-        "ess_fraction": draw.ess / pool.size,
-        "distinct_prompts": float(len(draw.index)),
-        "max_multiplicity": float(draw.multiplicity.max()),
-        "max_n": float(n.max()),
-        "min_n": float(n.min()),
-    }
-
-
-def objective_weights(pool: PromptPool, draw: Draw) -> tuple[np.ndarray, dict[str, float]]:
-    """W_i c_i / m with W_i = (1 / (|D| rho_i))^kappa (ALGORITHMS.md 3.5), [k], and the ESS of W."""
-    kappa = pool.config.curriculum.importance_weight_power
-    importance = importance_weights(draw.rho, pool.size, kappa)
-    m = int(draw.multiplicity.sum())
-    metrics = {"importance_ess_fraction": weight_ess(importance, draw.multiplicity) / m} if kappa else {}
-    return importance * draw.multiplicity / m, metrics
-
-
-def equal_shares(pool: PromptPool, draw: Draw) -> np.ndarray:
-    """N rollouts over the draws, N/m a draw."""
-    return apportion(draw.multiplicity.astype(float), pool.config.curriculum.rollouts_per_step, 1)
-
-
-def upper_bound(config: Config, multiplicity: np.ndarray) -> np.ndarray:
-    """n_max a prompt; n_max a *draw* when duplicates leave too few prompts to hold N."""
-    c = config.curriculum
-    bound = np.full(len(multiplicity), c.n_max)
-    return bound if bound.sum() >= c.rollouts_per_step else c.n_max * multiplicity
-
-
-# -- uniform (GRPO, REINFORCE++ and their kin) -------------------------------------------------------
+from cures_ray.allocation import apportion, cost_aware, gvm_weights, knapsack, rloo_gain, sigma_bernoulli, sigma_for
+from cures_ray.batches import Batch, Round
+from cures_ray.methods_rounds import dapo, dapo_select, reinforce_ada, reinforce_ada_select, speed, speed_select
+from cures_ray.planning import (
+    Method,
+    equal_shares,
+    keep_all,
+    objective_weights,
+    outcomes,
+    pilot_round,
+    planned,
+    round_rng,
+    upper_bound,
+)
+from cures_ray.pool import PromptPool
+from cures_ray.sampling import Draw
 
 
 def uniform(pool: PromptPool, batch: Batch) -> Round | None:
+    """m uniform prompts, N/m rollouts each: GRPO, Dr.GRPO, RLOO and REINFORCE++ differ in the advantage."""
     if batch.rounds:
         return None
     draw = pool.draw_uniform(pool.config.curriculum.prompts_per_step, round_rng(pool.config, batch))
-    n = equal_shares(pool, draw)
-    weight, _ = objective_weights(pool, draw)
-    return Round(index=draw.index, n=n, weight=weight, metrics=draw_metrics(pool, draw, n))
+    return planned(pool, draw, equal_shares(pool, draw))
 
 
 # -- CurES ------------------------------------------------------------------------------------------
 
 
 def cures(pool: PromptPool, batch: Batch) -> Round | None:
-    """Algorithm 1. A subset (belief = reset) starts with pilots of all its prompts, in its first batch; then
-    m draws ~ rho* (eq. 14) share N rollouts by sigma (eq. 20)."""
+    """Algorithm 1. A subset (belief = reset) starts with N' pilots of all its prompts, in its first batch; then
+    m draws ~ rho* (eq. 14) share N rollouts by sigma (eq. 20). Other beliefs have pilots, if any, once."""
     c = pool.config.curriculum
-    drawn = any(held.role == "train" for held in batch.leases)
-    if drawn:
+    if any(held.role == "train" for held in batch.leases):
         return None
     if batch.rounds == 0:
         switch = c.belief == "reset" and batch.number % c.subset_steps == 0
@@ -107,53 +55,98 @@ def cures(pool: PromptPool, batch: Batch) -> Round | None:
             return pilot_round(pool, pool.members)
     rng = round_rng(pool.config, batch)
     draw = (pool.draw if c.sampling == "potential" else pool.draw_uniform)(c.prompts_per_step, rng)
-    weight, metrics = objective_weights(pool, draw)
-    n = allocate(pool, draw, weight)
-    return Round(index=draw.index, n=n, weight=weight, metrics=draw_metrics(pool, draw, n) | metrics)
+    return planned(pool, draw, allocate(pool, draw))
 
 
-def pilot_round(pool: PromptPool, index: np.ndarray, weight: np.ndarray | None = None) -> Round:
-    """N' rollouts of every prompt. Weight 0: a trained pilot joins the group of its prompt, whose weight counts."""
-    n = np.full(len(index), pool.config.curriculum.pilot_rollouts)
-    zeros = np.zeros(len(index)) if weight is None else weight
-    return Round(index=index, n=n, weight=zeros, role="pilot", metrics={"pilot_rollouts": float(n.sum())})
+def allocate(pool: PromptPool, draw: Draw) -> np.ndarray:
+    """n_i of the drawn prompts, int [k]: sum N exactly, within n_min .. n_max, n_i ~ W_i c_i sigma_i (eq. 20).
 
-
-def allocate(pool: PromptPool, draw: Draw, weight: np.ndarray) -> np.ndarray:
-    """n_i of the drawn prompts: sum N exactly, within n_min .. n_max. int [k]."""
+    ``sigma: bernoulli`` is the paper's sqrt(p(1-p)) for every advantage; ``last_layer`` follows the advantage
+    in use, with the cached moments at the current posterior mean.
+    """
     c = pool.config.curriculum
     if c.allocation == "uniform":
         return equal_shares(pool, draw)
+    p, total, high = pool.belief.mean(draw.index), c.rollouts_per_step, upper_bound(pool.config, draw.multiplicity)
+    weight, _ = objective_weights(pool, draw)
+    measured = pool.belief.moments(draw.index) if c.sigma == "last_layer" else None
+    if c.allocation == "rloo_gain" and 2 * len(p) <= total:
+        return rloo_gain(p, measured, weight * c.prompts_per_step, total, max(c.n_min, 2), np.maximum(high, 2))
+    if measured is None:
+        sigma = sigma_bernoulli(p)
+    else:
+        sigma = sigma_for(pool.config.algo.advantage, p, measured, pool.belief.pooled_moments())
+    if c.allocation == "cost_aware":
+        sigma = cost_aware(sigma, pool.costs(draw.index))
+    return apportion(weight * sigma, total, c.n_min, high)
+
+
+# -- relatives that plan from beliefs or pilots -------------------------------------------------------
+
+
+def gvm(pool: PromptPool, batch: Batch) -> Round | None:
+    """GVM (2505.02391): N' pilots of m uniform prompts, then n_i ~ c_i G_i / sqrt(p + alpha / p^(beta-1)), p the
+    pilots' raw accuracy. G_i is sqrt(M+) of the prompt's cached last-layer statistics where ``sigma:
+    last_layer`` has them (the paper measures it on the pilots), else 1. p = 0 or G = 0 gets nothing; when no
+    prompt qualifies all get the same."""
+    c = pool.config.curriculum
+    if batch.rounds == 0:
+        draw = pool.draw_uniform(c.prompts_per_step, round_rng(pool.config, batch))
+        weight, _ = objective_weights(pool, draw)
+        return pilot_round(pool, draw.index, weight, draw.multiplicity)
+    if batch.rounds > 1:
+        return None
+    found = outcomes(batch.leases)
+    index = np.array(list(found), np.int64)
+    draws = np.array([o.draws for o in found.values()])
+    norm = np.ones(len(index))
+    if c.sigma == "last_layer":
+        norm = np.sqrt(np.nan_to_num(pool.belief.moments(index).m_plus, nan=1.0))
+    shares = draws * gvm_weights(np.array([o.mean for o in found.values()]), norm, c.gvm_alpha, c.gvm_beta)
+    live = shares > 0
+    high = np.where(live, c.n_max * draws, 0) if live.any() else c.n_max * draws
+    n = apportion(shares, min(c.rollouts_per_step, int(high.sum())), 0, high)
+    weight = np.array([o.weight for o in found.values()])
+    figures = {"distinct_prompts": float(len(index)), "max_n": float(n.max()), "min_n": float(n.min())}
+    return Round(index=index, n=n, weight=weight, metrics=figures | {"gvm_without_success": float((~live).mean())})
+
+
+def knapsack_rl(pool: PromptPool, batch: Batch) -> Round | None:
+    """Knapsack RL (2509.25849): uniform prompts; n_i maximise sum (1 - p^n - (1-p)^n) p (1-p)^2, same total."""
+    if batch.rounds:
+        return None
+    c = pool.config.curriculum
+    draw = pool.draw_uniform(c.prompts_per_step, round_rng(pool.config, batch))
     high = upper_bound(pool.config, draw.multiplicity)
-    return apportion(weight * sigma_bernoulli(pool.mean(draw.index)), c.rollouts_per_step, c.n_min, high)
-
-
-# -- MoPPS (2507.04632) -----------------------------------------------------------------------------
+    p = pool.belief.mean(draw.index)
+    return planned(
+        pool, draw, knapsack(p, draw.multiplicity.astype(float), c.rollouts_per_step, max(c.n_min, 1), high)
+    )
 
 
 def mopps(pool: PromptPool, batch: Batch) -> Round | None:
-    """Thompson draw of the accuracy of a candidate pool; the m nearest the target. No pilots."""
+    """MoPPS (2507.04632): one Thompson draw of the accuracy for each of ``mopps_pool_factor`` m candidates; the m
+    nearest ``mopps_target`` get N/m rollouts each. No pilots; beliefs discounted (``belief: discount``)."""
     if batch.rounds:
         return None
     c = pool.config.curriculum
     rng = round_rng(pool.config, batch)
-    members = pool.members
-    size = min(c.mopps_pool_factor * c.prompts_per_step, len(members))
-    candidates = members[rng.choice(len(members), size, replace=False)]
+    size = min(c.mopps_pool_factor * c.prompts_per_step, pool.size)
+    candidates = rng.choice(pool.size, size, replace=False)
     sampled = pool.belief.sample(rng, candidates)
     index = candidates[np.argsort(np.abs(sampled - c.mopps_target), kind="stable")[: c.prompts_per_step]]
-    n = apportion(np.ones(len(index)), c.rollouts_per_step, 1)
-    metrics = {"distinct_prompts": float(len(index)), "max_n": float(n.max()), "min_n": float(n.min())}
-    return Round(index=index, n=n, weight=np.full(len(index), 1.0 / len(index)), metrics=metrics)
-
-
-def settled_means(leases: list[Held]) -> np.ndarray:
-    """Mean reward of each lease's valid rollouts, NaN where there are none. float [k]."""
-    return np.array([h.rewards[h.valid].mean() if h.valid.any() else np.nan for h in leases])
+    n = apportion(np.ones(len(index)), c.rollouts_per_step, 0, c.rollouts_per_step)
+    figures = {"distinct_prompts": float(len(index)), "max_n": float(n.max()), "min_n": float(n.min())}
+    return Round(index=index, n=n, weight=np.full(len(index), 1.0 / len(index)), metrics=figures)
 
 
 METHODS: dict[str, Method] = {
-    "uniform": Method(uniform),
-    "cures": Method(cures),
-    "mopps": Method(mopps),
+    "uniform": Method(uniform, keep_all),
+    "cures": Method(cures, keep_all),
+    "gvm": Method(gvm, keep_all),
+    "dapo": Method(dapo, dapo_select),
+    "speed": Method(speed, speed_select),
+    "mopps": Method(mopps, keep_all),
+    "reinforce_ada": Method(reinforce_ada, reinforce_ada_select),
+    "knapsack": Method(knapsack_rl, keep_all),
 }

@@ -22,6 +22,9 @@ from cures_ray.sampling import Draw, EpochSampler, PotentialSampler, UniformSamp
 SAMPLE = 10_000  # prompts that metrics and histograms look at
 
 
+SUBSETS = 1 << 40  # random stream of the partition into subsets; batches have small numbers
+
+
 def generator(seed: int, *key: int) -> np.random.Generator:
     """The random stream of (seed, key): the same wherever and whenever it is made."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *key])))
@@ -76,10 +79,8 @@ class PromptPool:
         self.cost[index] = new if np.isnan(old) else 0.5 * (old + new)
 
     def costs(self, index: np.ndarray) -> np.ndarray:
-        """Cost of a rollout, float64 [k] >= 1; prompts not seen yet get the mean of the others."""
-        cost = np.ones(len(index)) if self.cost is None else self.cost[index].astype(np.float64)
-        known = cost[np.isfinite(cost)]
-        return np.maximum(np.where(np.isfinite(cost), cost, known.mean() if len(known) else 1.0), 1.0)
+        """Cost of a rollout in tokens, float64 [k]; NaN where not seen yet."""
+        return np.ones(len(index)) if self.cost is None else self.cost[index].astype(np.float64)
 
     def learn(self, index: np.ndarray, successes: np.ndarray, trials: np.ndarray) -> dict[str, float]:
         """At commit: the raw counts of one batch, in plan order, to the priors. Returns calibration metrics,
@@ -110,9 +111,6 @@ class PromptPool:
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def mean(self, index: np.ndarray) -> np.ndarray:
-        return self.belief.mean(index)
-
     def sample_index(self) -> np.ndarray:
         """At most SAMPLE prompts, evenly spread: always the same."""
         return np.arange(0, self.count, max(1, -(-self.count // SAMPLE)))
@@ -139,11 +137,12 @@ class PromptPool:
         self._dirty.clear()
 
     def _select(self, part: int, total: int) -> None:
-        if total == 1:
-            self._members = None
-            return
-        order = generator(self.config.trainer.seed, 0xC0).permutation(self.count)
-        self._members = np.sort(np.array_split(order, total)[part])
+        self._members = None
+        if total > 1:
+            order = generator(self.config.trainer.seed, SUBSETS).permutation(self.count)
+            self._members = np.sort(np.array_split(order, total)[part])
+        if self.epochs is not None:
+            self.epochs = EpochSampler(self.size, self.config.trainer.seed)
 
     # -- draws -----------------------------------------------------------------------------------
 
@@ -158,7 +157,7 @@ class PromptPool:
     def draw_uniform(self, m: int, rng: np.random.Generator) -> Draw:
         """m uniform draws: i.i.d. with replacement, or in epochs (every prompt once, then reshuffled)."""
         if self.epochs is not None:
-            return self.epochs.draw(m)
+            return self._global(self.epochs.draw(m))
         return self._global(UniformSampler(self.size).draw(m, rng))
 
     def _global(self, draw: Draw) -> Draw:
@@ -171,7 +170,7 @@ class PromptPool:
             return PotentialSampler(potential(self.belief.sample(rng, members)))
         if "mean" not in self._samplers:
             self._dirty.clear()
-            self._samplers["mean"] = PotentialSampler(potential(self.mean(members)))
+            self._samplers["mean"] = PotentialSampler(potential(self.belief.mean(members)))
         elif self._dirty:
             changed = np.unique(np.concatenate(self._dirty))
             self._dirty.clear()
@@ -181,7 +180,7 @@ class PromptPool:
                 inside = members[np.minimum(local, len(members) - 1)] == changed
                 local, changed = local[inside], changed[inside]
             if len(changed):
-                self._samplers["mean"].update(local, potential(self.mean(changed)))
+                self._samplers["mean"].update(local, potential(self.belief.mean(changed)))
         return self._samplers["mean"]
 
     # -- persistence -----------------------------------------------------------------------------

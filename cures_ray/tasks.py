@@ -32,6 +32,7 @@ BOX = "\\boxed{"
 EXAMPLES = "f(0,1,2)="
 CODE_OPEN = "```python\ndef f(x): return ["
 CODE_CLOSE = "]\n```"
+TERMS = {"x": "*x+", "x*x": "*x*x+", "(x%2)": "*(x%2)+"}  # family -> what stands between coefficient and constant
 HIDDEN_X = (3, 4, 5, 7, 10, -1, -2)
 
 # Probability that an entry is taught wrong ~ Beta(a, b), by operation: from mastered to hardly known.
@@ -224,7 +225,7 @@ def solve_program(problem: Problem, skill: Skill | None, rng: np.random.Generato
         if skill is not None:
             probability, wrong = skill.entries[family, a, b]
             a = wrong if rng.random() < probability else a
-        parts.append(f"{a}*{family}+{b}")
+        parts.append(f"{a}{TERMS[family]}{b}")
     return CODE_OPEN + ",".join(parts) + CODE_CLOSE
 
 
@@ -242,7 +243,7 @@ TASKS: dict[str, Task] = {
         skill=program_skill,
         solve=solve_program,
         levels=(1, 2, 3, 4),
-        max_new_tokens=32,
+        max_new_tokens=24,
         verifier="code",
     ),
 }

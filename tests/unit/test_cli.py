@@ -15,7 +15,9 @@ def run(capsys, *argv) -> tuple[int, str]:
 
 
 def test_help_answers_at_once_and_names_every_command():
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "actors.cli", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "actors.cli", "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("train", "prepare", "eval", "ledger", "bench", "doctor"))
     assert "import vllm" not in done.stderr and "| torch" not in done.stderr
