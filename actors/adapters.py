@@ -56,10 +56,12 @@ async def answer(ref: Any, who: str, timeout_s: float) -> Any:
 
 
 class RayLedger:
-    """LedgerPort. The actor recovers from its journal, so calls are repeated until it is back."""
+    """LedgerPort. The actor recovers from its journal, so calls are repeated until it is back; lease calls are
+    numbered, so that one whose answer was lost gets the same leases again."""
 
     def __init__(self, handle: Any, patience_s: float = 120.0) -> None:
         self.handle, self.patience_s = handle, patience_s
+        self._lease_calls = 0
 
     async def _call(self, method: str, *args: Any) -> Any:
         deadline = asyncio.get_running_loop().time() + self.patience_s
@@ -74,7 +76,8 @@ class RayLedger:
                 delay = min(delay * 2, 5.0)
 
     async def lease(self, worker: str, max_rollouts: int, version: int) -> list[Lease]:
-        return await self._call("lease", worker, max_rollouts, version)
+        self._lease_calls += 1
+        return await self._call("lease", worker, max_rollouts, version, self._lease_calls)
 
     async def settle(self, settlement: Settlement) -> SettleReply:
         return await self._call("settle", settlement)

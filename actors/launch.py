@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from actors.verifier import VerifierActor
 from actors.weights import resolve_backend, shm_folder
 from cures_ray.checkpoint import CheckpointStore, step_of
 from cures_ray.config import Config
+from cures_ray.data import curriculum_columns
 from cures_ray.driver import Driver, Ports
 from cures_ray.evaluate import Evaluator
 from cures_ray.messages import Accounting
@@ -198,9 +200,12 @@ class Run:
     def _ledger(self) -> Any:
         inputs = self.inputs
         actor = ray.remote(LedgerActor).options(num_cpus=0, max_restarts=-1, max_task_retries=0)
-        checkpoint = str(inputs.resume / "ledger") if inputs.resume else None
         handle = actor.remote(
-            str(inputs.run_dir.resolve() / "ledger"), self.config, inputs.train.ids, inputs.train.levels, checkpoint
+            str(inputs.run_dir.resolve() / "ledger"),
+            self.config,
+            *curriculum_columns(self.config, inputs.train),
+            uuid.uuid4().hex,
+            str(inputs.resume.resolve() / "ledger") if inputs.resume else None,
         )
         self.actors.append(handle)
         return handle

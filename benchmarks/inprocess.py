@@ -28,6 +28,7 @@ from benchmarks.sampler import Sampler
 from cures_ray.base_model import BOX, END
 from cures_ray.config import Config
 from cures_ray.curriculum import Curriculum
+from cures_ray.data import curriculum_columns
 from cures_ray.driver import Driver, Ports
 from cures_ray.evaluate import Evaluator
 from cures_ray.messages import (
@@ -49,7 +50,6 @@ from cures_ray.messages import (
     WeightUpdate,
 )
 from cures_ray.ports import GeneratorPort, VerifierPort
-from cures_ray.predictor import prompt_features
 from cures_ray.preflight import Inputs
 
 MAX_BATCH = 1024  # rollouts sampled in one batch
@@ -346,10 +346,7 @@ def run_in_process(
 
 def make_curriculum(config: Config, inputs: Inputs) -> Curriculum:
     """As ``actors.ledger`` makes it."""
-    train, features = inputs.train, None
-    if config.curriculum.prior_from == "predictor":
-        features = prompt_features(train.columns["text"].to_pylist(), train.levels)
-    return Curriculum(config, train.ids, train.levels, features)
+    return Curriculum(config, *curriculum_columns(config, inputs.train))
 
 
 def _oracle(

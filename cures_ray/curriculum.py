@@ -237,6 +237,11 @@ class Curriculum:
             heapq.heappush(self._queue, lease_id)
         self._check(began)
 
+    def leased(self, lease_id: int, attempt: int) -> Lease | None:
+        """The lease, if this attempt is handed out and not settled."""
+        _, held = self._held.get(lease_id, (None, None))
+        return held.lease if held and held.state == LEASED and held.lease.attempt == attempt else None
+
     def leased_keys(self) -> list[tuple[int, int]]:
         """Handed out and not settled."""
         return [(h.lease.lease_id, h.lease.attempt) for _, h in self._held.values() if h.state == LEASED]
@@ -299,7 +304,6 @@ class Curriculum:
         self.histograms = batch_histograms(batch)
         del self.batches[report.batch]
         self.committed += 1
-        self.version = max(self.version, report.batch + 1)
         self._check(began)
         self.metrics["seconds"], self.seconds = self.seconds, 0.0
         return self._copy()

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cures_ray.config import DataConfig, ModelConfig
+from cures_ray.config import Config, DataConfig, ModelConfig
 from cures_ray.data_read import read_table
 from cures_ray.messages import ConfigError, PromptRow
+from cures_ray.predictor import prompt_features
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")  # tried in this order when data.prompt_key is not there
 ANSWER_COLUMNS = ("answer", "solution", "reward_model")
@@ -137,6 +138,15 @@ def load_prompts(config: DataConfig, tokenizer: Any, which: str = "train") -> Pr
         report=report,
         extra=extra,
     )
+
+
+def curriculum_columns(config: Config, table: PromptTable) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """What the curriculum knows of the prompts: ids [N], levels [N] or None, and features [N, d] when
+    ``curriculum.prior_from`` = predictor, else None."""
+    features = None
+    if config.curriculum.prior_from == "predictor":
+        features = prompt_features(table.columns["text"].to_pylist(), table.levels)
+    return table.ids, table.levels, features
 
 
 def check_disjoint(train: PromptTable, evaluation: PromptTable) -> None:

@@ -210,16 +210,22 @@ class Driver:
             accounting = await self.ports.ledger.commit(replace(commit, gradient_statistics=report.gradient_statistics))
             accounting.check()
             metrics = step_metrics(plan, groups, report, accounting, step) | self._measured(idle)
+            last = step + 1 == self.config.trainer.steps
+            if self._stopping or not last:
+                # before generators get leases again: with max_staleness = 0 nothing of the next batch has begun, so
+                # that a resumed run is the same run
+                await self._checkpoint_at(step + 1, force=self._stopping)
+            if self._stopping:
+                await self._observe(step + 1, metrics)
+                break
             began = time.monotonic()
             await self._publish(step + 1)
             metrics["time/weight_sync_s"] = time.monotonic() - began
             self._wake_all()
             await self._evaluate_at(step + 1)
             await self._observe(step + 1, metrics)
-            last = self._stopping or step + 1 == self.config.trainer.steps
-            await self._checkpoint_at(step + 1, force=last)
-            if self._stopping:
-                break
+            if last:
+                await self._checkpoint_at(step + 1, force=True)
         await self._finish_evaluation()
 
     async def _wait_for_plan(self, step: int) -> BatchPlan | None:
