@@ -43,7 +43,9 @@ class Held:
 
     @classmethod
     def fresh(cls, lease: Lease, role: str, draws: int) -> Held:
-        return cls(lease=lease, role=role, draws=draws, rewards=np.zeros(lease.n, np.float32), valid=np.zeros(lease.n, bool))
+        return cls(
+            lease=lease, role=role, draws=draws, rewards=np.zeros(lease.n, np.float32), valid=np.zeros(lease.n, bool)
+        )
 
     def as_json(self) -> dict[str, Any]:
         lease = {name: getattr(self.lease, name) for name in Lease.__slots__}
@@ -83,8 +85,10 @@ class Batch:
     missing: int = 0  # leases that are not settled
     finished: bool = False  # every round planned and settled
 
-    def of_round(self, number: int) -> list[Held]:
-        return [held for held in self.leases if held.lease.round == number]
+    @property
+    def piloting(self) -> bool:
+        """Waits for the pilots of a whole subset (weight 0): the draws of later batches need them too."""
+        return self.rounds == 1 and self.leases[0].role == "pilot" and self.leases[0].lease.weight == 0
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -116,9 +116,11 @@ class Curriculum:
         return taken
 
     def may_open(self) -> bool:
+        """Staleness, steps and budget admit a batch, and no draw comes before its subset's pilots (Algorithm 1)."""
         trainer = self.config.trainer
         return (
-            self.next_batch <= self.version + self.config.async_rl.max_staleness
+            not any(batch.piloting for batch in self.batches.values())
+            and self.next_batch <= self.version + self.config.async_rl.max_staleness
             and self.next_batch < trainer.steps
             and (trainer.rollout_budget is None or self.accounting.planned < trainer.rollout_budget)
         )
@@ -202,19 +204,13 @@ class Curriculum:
         held.tokens = int(np.sum(settlement.completion_tokens))
         held.generate_seconds, held.verify_seconds = settlement.generate_seconds, settlement.verify_seconds
         held.fault_reason = settlement.fault_reason
-        self.pool.observe(
-            held.lease.prompt_index, held.rewards[valid], self._evidence(settlement.min_version)[valid]
-        )
+        key = (batch.number, settlement.lease_id, settlement.attempt)
+        lag = np.maximum(self.version - np.asarray(settlement.min_version, np.int64), 0)
+        self.pool.observe(key, held.lease.prompt_index, held.rewards[valid], lag[valid])
         batch.missing -= 1
         self._advance(batch)
         self._check(began)
         return SettleReply(accepted=True, ready_batch=batch.number if batch.finished else None)
-
-    def _evidence(self, min_version: np.ndarray) -> np.ndarray:
-        """lambda^lag of each rollout (ALGORITHMS.md 4); 1 without discount."""
-        c = self.config.curriculum
-        lag = np.maximum(self.version - np.asarray(min_version, np.int64), 0)
-        return c.discount**lag if c.belief == "discount" else np.ones(len(lag))
 
     def give_back(self, keys: list[tuple[int, int]], reason: Discard) -> None:
         """Unsettled or uncommitted leases: their rollouts end as discarded(reason) and they are issued again
@@ -269,7 +265,7 @@ class Curriculum:
             for held, (keep, reason) in zip(found.leases, selections, strict=True)
         ]
         entries.sort(key=lambda e: (first[e.lease.prompt_index], e.lease.round, e.lease.lease_id))
-        metrics = found.metrics | batch_metrics(found) | self._belief_metrics()
+        metrics = found.metrics | batch_metrics(found) | self.pool.metrics()
         self.seconds += time.perf_counter() - began
         metrics["seconds"] = self.seconds
         return BatchPlan(
@@ -300,7 +296,7 @@ class Curriculum:
         prompt_of = {held.lease.lease_id: held.lease.prompt_index for held in batch.leases}
         statistics = [g for g in report.gradient_statistics if g.lease_id in prompt_of]
         self.pool.observe_gradients([prompt_of[g.lease_id] for g in statistics], statistics)
-        self.metrics = batch.metrics | batch_metrics(batch) | self._learn(batch) | self._belief_metrics()
+        self.metrics = batch.metrics | batch_metrics(batch) | self._learn(batch) | self.pool.metrics()
         self.histograms = batch_histograms(batch)
         del self.batches[report.batch]
         self.committed += 1
@@ -319,25 +315,12 @@ class Curriculum:
         return self.pool.learn(index, successes, trials)
 
     def status(self) -> LedgerStatus:
-        metrics = self.metrics | self._belief_metrics()
-        sample = self.pool.belief.mean(self.pool.sample_index())
         return LedgerStatus(
             accounting=self._copy(),
             committed_batches=self.committed,
-            metrics=metrics,
-            histograms={"belief_mean": sample, **self.histograms},
+            metrics=self.metrics | self.pool.metrics(),
+            histograms={"belief_mean": self.pool.sampled_accuracy(), **self.histograms},
         )
-
-    def _belief_metrics(self) -> dict[str, float]:
-        """Over at most 10 000 evenly spread prompts."""
-        p = self.pool.belief.mean(self.pool.sample_index())
-        extreme = float(((p < 0.05) | (p > 0.95)).mean())
-        return {
-            "belief_mean": float(p.mean()),
-            "belief_std": float(p.std()),
-            "belief_extreme": extreme,
-            "collapsed": float(extreme > 0.95),
-        }
 
     def _discard(self, reason: Discard, count: int) -> None:
         self.accounting.discarded[reason] = self.accounting.discarded.get(reason, 0) + count

@@ -12,7 +12,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from cures_ray.allocation import apportion, cost_aware, gvm_weights, knapsack, rloo_gain, sigma_bernoulli, sigma_for
+from cures_ray.allocation import (
+    apportion,
+    cost_aware,
+    gvm_weights,
+    impute,
+    knapsack,
+    rloo_gain,
+    sigma_bernoulli,
+    sigma_for,
+)
 from cures_ray.batches import Batch, Round
 from cures_ray.methods_rounds import dapo, dapo_select, reinforce_ada, reinforce_ada_select, speed, speed_select
 from cures_ray.planning import (
@@ -86,9 +95,9 @@ def allocate(pool: PromptPool, draw: Draw) -> np.ndarray:
 
 def gvm(pool: PromptPool, batch: Batch) -> Round | None:
     """GVM (2505.02391): N' pilots of m uniform prompts, then n_i ~ c_i G_i / sqrt(p + alpha / p^(beta-1)), p the
-    pilots' raw accuracy. G_i is sqrt(M+) of the prompt's cached last-layer statistics where ``sigma:
-    last_layer`` has them (the paper measures it on the pilots), else 1. p = 0 or G = 0 gets nothing; when no
-    prompt qualifies all get the same."""
+    pilots' raw accuracy. G_i is sqrt(M+) of the prompt's cached last-layer statistics (the paper measures it on the
+    pilots) with ``sigma: last_layer``, imputed where it has none, else 1. p = 0 or G = 0 gets nothing; when no prompt
+    qualifies all get the same."""
     c = pool.config.curriculum
     if batch.rounds == 0:
         draw = pool.draw_uniform(c.prompts_per_step, round_rng(pool.config, batch))
@@ -101,7 +110,7 @@ def gvm(pool: PromptPool, batch: Batch) -> Round | None:
     draws = np.array([o.draws for o in found.values()])
     norm = np.ones(len(index))
     if c.sigma == "last_layer":
-        norm = np.sqrt(np.nan_to_num(pool.belief.moments(index).m_plus, nan=1.0))
+        norm = np.sqrt(impute(pool.belief.moments(index), pool.belief.pooled_moments()).m_plus)
     shares = draws * gvm_weights(np.array([o.mean for o in found.values()]), norm, c.gvm_alpha, c.gvm_beta)
     live = shares > 0
     high = np.where(live, c.n_max * draws, 0) if live.any() else c.n_max * draws
@@ -119,9 +128,7 @@ def knapsack_rl(pool: PromptPool, batch: Batch) -> Round | None:
     draw = pool.draw_uniform(c.prompts_per_step, round_rng(pool.config, batch))
     high = upper_bound(pool.config, draw.multiplicity)
     p = pool.belief.mean(draw.index)
-    return planned(
-        pool, draw, knapsack(p, draw.multiplicity.astype(float), c.rollouts_per_step, max(c.n_min, 1), high)
-    )
+    return planned(pool, draw, knapsack(p, draw.multiplicity.astype(float), c.rollouts_per_step, max(c.n_min, 1), high))
 
 
 def mopps(pool: PromptPool, batch: Batch) -> Round | None:

@@ -31,10 +31,16 @@ def round_rng(config: Config, batch: Batch) -> np.random.Generator:
 
 
 def keep_all(pool: PromptPool, batch: Batch) -> list[Selection]:
-    """Everything that was verified; pilots only with ``train_on_pilots``."""
-    all_train = pool.config.curriculum.train_on_pilots
+    """Everything that was verified; pilots only with ``train_on_pilots``, and only of prompts with a weight in the
+    objective: those of a whole subset are mostly not drawn."""
+    weighted = {h.lease.prompt_index for h in batch.leases if h.lease.weight > 0}
+    if not pool.config.curriculum.train_on_pilots:
+        weighted.clear()
     return [
-        (held.valid & (all_train or held.role != "pilot"), Discard.PILOT if held.role == "pilot" else Discard.FILTERED)
+        (
+            held.valid & (held.role != "pilot" or held.lease.prompt_index in weighted),
+            Discard.PILOT if held.role == "pilot" else Discard.FILTERED,
+        )
         for held in batch.leases
     ]
 
@@ -83,9 +89,7 @@ def pilot_round(
     """N' rollouts of every prompt. Weight 0 leaves the weight to the lease that the prompt is trained with."""
     n = np.full(len(index), pool.config.curriculum.pilot_rollouts)
     weight = np.zeros(len(index)) if weight is None else weight
-    return Round(
-        index=index, n=n, weight=weight, draws=draws, role="pilot", metrics={"pilot_rollouts": float(n.sum())}
-    )
+    return Round(index=index, n=n, weight=weight, draws=draws, role="pilot", metrics={"pilot_rollouts": float(n.sum())})
 
 
 @dataclass(slots=True)

@@ -1,9 +1,9 @@
 """The prompt pool: what the ledger believes of every prompt, and draws from it.
 
 Holds the Beta beliefs, the priors that generalise to unseen prompts (level, predictor) and the samplers over
-them. Evidence is *observed* as soon as a lease settles; priors *learn* at commit, in plan order, and sampler
-updates wait until the next draw, in index order. So the draw of a batch depends on which settlements came
-before it and not on their order.
+them. Evidence waits until a draw or a commit reads the beliefs and is then counted in lease order (a discount
+makes the order matter); priors *learn* at commit, in plan order; sampler updates wait until the next draw, in
+index order. So the draw of a batch depends on which settlements came before it and not on their order.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class PromptPool:
     ) -> None:
         c = config.curriculum
         self.config, self.count = config, count
-        self.belief = BeliefTable(count, c.prior_alpha, c.prior_beta, track_gradients=c.sigma == "last_layer")
+        self._belief = BeliefTable(count, c.prior_alpha, c.prior_beta, track_gradients=c.sigma == "last_layer")
+        # observed and not counted yet: (batch, lease, attempt, prompt, successes, failures)
+        self._pending: list[tuple[int, int, int, int, float, float]] = []
         self.level = LevelPrior(levels, count) if c.prior_from == "level" else None
         self.predictor = DifficultyPredictor(features, levels, count) if c.prior_from == "predictor" else None
         self.subset = -1  # number of the subset in play; -1: all prompts
@@ -53,16 +55,32 @@ class PromptPool:
 
     # -- evidence --------------------------------------------------------------------------------
 
-    def observe(self, index: int, rewards: np.ndarray, evidence: np.ndarray) -> None:
-        """Count the verified rollouts of one lease. ``rewards`` in [0, 1] [n]; ``evidence`` [n]: their weights."""
-        if len(rewards) == 0:
-            return
-        c = self.config.curriculum
-        where = np.array([index])
-        discount = c.discount if c.belief == "discount" else 1.0
-        successes, total = float(evidence @ rewards.astype(np.float64)), float(evidence.sum())
-        self.belief.observe(where, [successes], [max(total - successes, 0.0)], discount=discount)
-        self._dirty.append(where)
+    @property
+    def belief(self) -> BeliefTable:
+        """The beliefs, with all evidence counted. Only calls that change the curriculum may read them here: when
+        evidence is counted is part of its state."""
+        if self._pending:
+            c = self.config.curriculum
+            *_, index, successes, failures = zip(*sorted(self._pending), strict=True)
+            self._pending.clear()
+            rows = np.array(index, np.int64)
+            discount = c.discount if c.belief == "discount" else 1.0
+            self._belief.observe(rows, successes, failures, discount=discount)
+            self._touch(rows)
+        return self._belief
+
+    def observe(self, key: tuple[int, int, int], index: int, rewards: np.ndarray, lag: np.ndarray) -> None:
+        """Note the verified rollouts of one lease. ``key`` = (batch, lease, attempt); ``rewards`` in [0, 1] [n];
+        ``lag`` [n]: policy versions that they are behind, worth lambda^lag under a discount (ALGORITHMS.md 4)."""
+        if len(rewards):
+            c = self.config.curriculum
+            evidence = c.discount**lag if c.belief == "discount" else np.ones(len(lag))
+            successes, total = float(evidence @ rewards.astype(np.float64)), float(evidence.sum())
+            self._pending.append((*key, index, successes, max(total - successes, 0.0)))
+
+    def _touch(self, rows: np.ndarray) -> None:
+        if self._samplers:  # one that is built later reads every belief anyway
+            self._dirty.append(rows)
 
     def observe_gradients(self, index: list[int], statistics: list[GradientStatistics]) -> None:
         """Cache the score moments of leases; nothing unless ``sigma: last_layer``."""
@@ -86,6 +104,7 @@ class PromptPool:
         """At commit: the raw counts of one batch, in plan order, to the priors. Returns calibration metrics,
         measured before the update."""
         metrics: dict[str, float] = {}
+        _ = self.belief  # the figures of a commit have its evidence
         if self.level is not None:
             self.level.update(index, successes, trials)
         if self.predictor is not None:
@@ -98,22 +117,35 @@ class PromptPool:
         return metrics
 
     def _refresh_priors(self) -> None:
-        """Prior of every unseen prompt from the pooled means: alpha0 + beta0 = prior_strength."""
+        """Prior of every unseen prompt (``prior_scope: all``: of every prompt, which keeps its own evidence) from
+        the pooled means: alpha0 + beta0 = prior_strength."""
         self._commits_since_refresh = 0
-        unseen = np.flatnonzero(self.belief.visits == 0)
+        c = self.config.curriculum
+        rows = np.arange(self.count) if c.prior_scope == "all" else np.flatnonzero(self.belief.visits == 0)
         prior = self.level or self.predictor
-        if len(unseen) == 0 or prior is None or not prior.ready:
+        if len(rows) == 0 or prior is None or not prior.ready:
             return
-        mean = np.clip(prior.mean(unseen), 0.01, 0.99)
-        strength = self.config.curriculum.prior_strength
-        self.belief.set_prior(unseen, strength * mean, strength * (1.0 - mean))
-        self._dirty.append(unseen)
+        mean = np.clip(prior.mean(rows), 0.01, 0.99)
+        self.belief.set_prior(rows, c.prior_strength * mean, c.prior_strength * (1.0 - mean))
+        self._touch(rows)
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def sample_index(self) -> np.ndarray:
-        """At most SAMPLE prompts, evenly spread: always the same."""
-        return np.arange(0, self.count, max(1, -(-self.count // SAMPLE)))
+    def sampled_accuracy(self) -> np.ndarray:
+        """Accuracy of at most SAMPLE prompts that may be drawn, evenly spread, as of the last draw or commit."""
+        every = max(1, -(-self.size // SAMPLE))
+        return self._belief.mean(np.arange(0, self.count, every) if self._members is None else self._members[::every])
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of ``sampled_accuracy``. Collapsed: hardly a prompt is left from which anything can be learned."""
+        p = self.sampled_accuracy()
+        extreme = float(((p < 0.05) | (p > 0.95)).mean())
+        return {
+            "belief_mean": float(p.mean()),
+            "belief_std": float(p.std()),
+            "belief_extreme": extreme,
+            "collapsed": float(extreme > 0.95),
+        }
 
     @property
     def members(self) -> np.ndarray:
@@ -188,7 +220,8 @@ class PromptPool:
     def state_dict(self) -> dict[str, Any]:
         """Nested dict of numbers, strings and arrays: enough to continue exactly."""
         state: dict[str, Any] = {
-            "belief": self.belief.state_dict(),
+            "belief": self._belief.state_dict(),
+            "pending": np.array(self._pending, np.float64).reshape(-1, 6),
             "subset": self.subset,
             "commits_since_refresh": self._commits_since_refresh,
             "dirty": np.unique(np.concatenate(self._dirty)) if self._dirty else np.zeros(0, np.int64),
@@ -206,7 +239,8 @@ class PromptPool:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.belief.load_state_dict(state["belief"])
+        self._belief.load_state_dict(state["belief"])
+        self._pending = [(int(a), int(b), int(c), int(i), s, f) for a, b, c, i, s, f in state["pending"].tolist()]
         self.subset = int(state["subset"])
         self._commits_since_refresh = int(state["commits_since_refresh"])
         total = min(self.config.curriculum.subsets, self.count)
@@ -225,4 +259,3 @@ class PromptPool:
             self.level.load_state_dict(state["level"])
         if self.predictor is not None:
             self.predictor.load_state_dict(state["predictor"])
-
