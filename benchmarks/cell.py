@@ -189,7 +189,13 @@ def join_curve(marks: list[dict[str, float]], evaluations: list[tuple[int, dict[
     return points
 
 
-STEP_KEYS = ("step", "rollout/reward", "rollout/completion_tokens", "staleness/mean", "learner/grad_norm")
+STEP_KEYS: tuple[str, ...] = (
+    "step",
+    "rollout/reward",
+    "rollout/completion_tokens",
+    "staleness/mean",
+    "learner/grad_norm",
+)
 STEP_KEYS += ("learner/entropy", "learner/clip_fraction", "learner/loss", "time/step_s", "accounting/planned")
 
 

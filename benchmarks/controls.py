@@ -14,7 +14,7 @@ def tell_truth(curriculum: Curriculum, accuracy: np.ndarray) -> None:
     """Replace every belief by ``accuracy`` [prompts], with a certainty that evidence does not move."""
     pool = curriculum.pool
     p = np.clip(accuracy, 1e-3, 1 - 1e-3)
-    pool.belief.set_prior(slice(None), CERTAINTY * p, CERTAINTY * (1 - p))
+    pool.belief.set_prior(None, CERTAINTY * p, CERTAINTY * (1 - p))
     pool.belief.reset()
     pool._samplers.clear()  # every prompt moved: building anew is cheaper than moving all
     pool._dirty.clear()

@@ -71,7 +71,7 @@ def make_specs(args: argparse.Namespace, labels: list[str]) -> list[Spec]:
         split_arm(label)
     if args.baseline not in labels:
         raise ConfigError(f"--methods must hold the baseline {args.baseline!r}")
-    seeds = [int(s) for s in args.seeds.split(",")] if "," in args.seeds else list(range(int(args.seeds)))
+    seeds = [int(s) for s in args.seeds.split(",") if s] if "," in args.seeds else list(range(int(args.seeds)))
     extra = parse_set(args.set)
     return [
         Spec(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 Groups = list[np.ndarray]  # one float array [n_i] a prompt
+SMALLEST_STD = 0.25  # of a belief that scales an advantage: a surprise counts at most four times
 
 
 def _raw(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
@@ -56,6 +57,23 @@ def _posterior_loo(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: fl
     ]
 
 
+def _posterior_centred(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
+    """``_posterior_loo`` minus the mean of the batch's other advantages. Beliefs lag behind a policy that improves:
+    without this the mean advantage stays positive, which rewards whatever was sampled and costs entropy."""
+    return _centred(_posterior_loo(rewards, alpha, beta, eps))
+
+
+def _posterior_std(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
+    """``_posterior_loo`` over the standard deviation that the same belief expects, sqrt(b_j (1 - b_j)), at least
+    SMALLEST_STD, then centred: rare outcomes count more, as under GRPO, but the scale does not depend on r_j and one
+    rollout is enough."""
+    scaled = []
+    for r, advantage in zip(rewards, _posterior_loo(rewards, alpha, beta, eps), strict=True):
+        b = r - advantage
+        scaled.append(advantage / np.maximum(np.sqrt(b * (1.0 - b)), SMALLEST_STD))
+    return _centred(scaled)
+
+
 def _raft_pp(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
     """RAFT++ (2504.11343): only correct rollouts (r > 0.5), A = r."""
     return [np.where(r > 0.5, r, 0.0) for r in rewards]
@@ -68,6 +86,8 @@ ADVANTAGES: dict[str, Callable[[Groups, np.ndarray, np.ndarray, float], Groups]]
     "reinforce_pp": _reinforce_pp,
     "reinforce_pp_baseline": _reinforce_pp_baseline,
     "posterior_loo": _posterior_loo,
+    "posterior_centred": _posterior_centred,
+    "posterior_std": _posterior_std,
     "raft_pp": _raft_pp,
 }
 
@@ -126,6 +146,14 @@ def overlong_penalty(lengths: np.ndarray, max_new_tokens: int, penalty_tokens: i
     if not penalty_tokens:
         return np.zeros(len(lengths))
     return -np.clip((lengths - (max_new_tokens - penalty_tokens)) / penalty_tokens, 0.0, 1.0)
+
+
+def _centred(values: Groups) -> Groups:
+    """Each value minus the mean of the others, over all rollouts of the batch."""
+    together = np.concatenate(values) if values else np.zeros(0)
+    if len(together) < 2:
+        return values
+    return [(v - together.mean()) * (len(together) / (len(together) - 1)) for v in values]
 
 
 def _whiten(values: Groups, eps: float) -> Groups:

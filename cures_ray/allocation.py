@@ -69,9 +69,9 @@ def sigma_for(
     if advantage == "reinforce_pp":  # whitened over the batch: one baseline for all, the batch mean
         return sigma_gradient(p, float(np.mean(p)) if len(p) else 0.0, known)
     sigma = sigma_gradient(p, p, known)
-    if advantage == "grpo":
+    if advantage in ("grpo", "posterior_std"):
         return sigma / np.maximum(sigma_bernoulli(p), 1e-6)
-    if advantage in ("rloo", "dr_grpo", "posterior_loo", "reinforce_pp_baseline"):
+    if advantage in ("rloo", "dr_grpo", "posterior_loo", "posterior_centred", "reinforce_pp_baseline"):
         return sigma
     raise ValueError(f"no sigma for algo.advantage = {advantage}")
 

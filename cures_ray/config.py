@@ -12,7 +12,17 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Method = Literal["uniform", "cures", "gvm", "dapo", "speed", "mopps", "reinforce_ada", "knapsack"]
-Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "posterior_loo", "raft_pp"]
+Advantage = Literal[
+    "grpo",
+    "dr_grpo",
+    "rloo",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "posterior_loo",
+    "posterior_centred",
+    "posterior_std",
+    "raft_pp",
+]
 
 
 class Section(BaseModel):
@@ -55,6 +65,7 @@ class CurriculumConfig(Section):
     prior_beta: float = Field(1.0, gt=0)
     prior_from: Literal["constant", "level", "predictor"] = "constant"
     prior_strength: float = Field(2.0, gt=0)  # alpha + beta of a level or predictor prior
+    prior_scope: Literal["unseen", "all"] = "unseen"  # whose prior follows level or predictor; seen prompts keep counts
     belief: Literal["reset", "discount", "none"] = "discount"
     belief_draw: Literal["mean", "thompson"] = "mean"
     discount: float = Field(0.95, gt=0, le=1)  # lambda per observation of the prompt, and per lag version

@@ -68,8 +68,8 @@ class DifficultyPredictor:
         levels: np.ndarray | None = None,
         count: int = 0,
         *,
-        rate: float = 0.3,
-        decay: float = 1e-3,
+        rate: float = 0.5,
+        decay: float = 1e-4,
     ) -> None:
         self._features = features
         self._codes, size = level_codes(levels, count if features is None else len(features))
@@ -97,13 +97,11 @@ class DifficultyPredictor:
 
     def mean(self, index: np.ndarray, chunk: int = 65536) -> np.ndarray:
         """Predicted accuracy, float64 [k]."""
-        parts = [
-            _sigmoid(self.rows(index[i : i + chunk]) @ self._weights) for i in range(0, len(index), chunk)
-        ]
+        parts = [_sigmoid(self.rows(index[i : i + chunk]) @ self._weights) for i in range(0, len(index), chunk)]
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def update(
-        self, index: np.ndarray, successes: np.ndarray, trials: np.ndarray, passes: int = 3
+        self, index: np.ndarray, successes: np.ndarray, trials: np.ndarray, passes: int = 10
     ) -> dict[str, float]:
         """Score the forecast for ``trials`` rollouts of each prompt, then learn from them."""
         seen = trials > 0
@@ -156,7 +154,7 @@ class DifficultyPredictor:
         self._updates = int(state["updates"])
 
 
-def prompt_features(texts: Sequence[str], levels: np.ndarray | None = None, dimensions: int = 128) -> np.ndarray:
+def prompt_features(texts: Sequence[str], levels: np.ndarray | None = None, dimensions: int = 512) -> np.ndarray:
     """Features of prompts, float32 [N, d]: level, length, digits, and a signed hash of words and of character
     3-grams, scaled to unit length. ``d`` = ``dimensions``; the hash is CRC-32, the same in every process."""
     if dimensions < 8:
