@@ -239,8 +239,8 @@ class Curriculum:
         return held.lease if held and held.state == LEASED and held.lease.attempt == attempt else None
 
     def leased_keys(self) -> list[tuple[int, int]]:
-        """Handed out and not settled."""
-        return [(h.lease.lease_id, h.lease.attempt) for _, h in self._held.values() if h.state == LEASED]
+        """Handed out and not settled, in lease order."""
+        return sorted((h.lease.lease_id, h.lease.attempt) for _, h in self._held.values() if h.state == LEASED)
 
     def reissue_uncommitted(self) -> None:
         """After a resume from a checkpoint the payloads of uncommitted batches are gone: every lease that was
