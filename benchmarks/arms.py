@@ -34,7 +34,7 @@ COMMON: Overrides = {
     "algo.loss_length": "constant",
     "async_rl.max_staleness": 0,
     "learner.dtype": "float32",
-    # 0.95 lets every arm diverge at 2e-3, when gradients fade and Adam takes full steps along their noise
+    # the gradient's size fades as the policy gets certain; Adam should not take full steps along its noise then
     "learner.adam_beta2": 0.999,
     "learner.warmup_steps": 5,
     "learner.max_tokens_per_rank": 8192,

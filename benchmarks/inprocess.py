@@ -25,7 +25,7 @@ from benchmarks.costs import Costs
 from benchmarks.judges import JUDGES, LocalVerifier
 from benchmarks.local_learner import LocalLearner
 from benchmarks.sampler import Sampler
-from cures_ray.base_model import BOX, END
+from cures_ray.base_model import BOX
 from cures_ray.config import Config
 from cures_ray.curriculum import Curriculum
 from cures_ray.data import curriculum_columns
@@ -253,12 +253,13 @@ class Recorder:
 
 
 class ChainAccuracy:
-    """The exact accuracy of the chain task: the probability of the one right derivation, without sampling noise."""
+    """The exact accuracy of the chain task: the probability of the one right derivation up to the brace that closes the
+    box, without sampling noise. What follows it is not judged, so a policy that no longer stops is as accurate."""
 
     def __init__(self, sampler: Sampler, rows: RowCache) -> None:
         self.sampler = sampler
         self.prompts = [row.token_ids for row in rows.rows]
-        texts = [BOX + row.answer + "}" + END for row in rows.rows]
+        texts = [BOX + row.answer + "}" for row in rows.rows]
         answers = sampler.tokenizer(texts, add_special_tokens=False)["input_ids"]
         self.answers = [np.array(ids, np.int32) for ids in answers]
 

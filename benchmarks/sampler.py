@@ -95,7 +95,7 @@ class Sampler:
 
     @torch.inference_mode()
     def probability(self, prompts: list[np.ndarray], answers: list[np.ndarray]) -> np.ndarray:
-        """P(answer | prompt) at the sampling temperature, the stop token included. float64 [N].
+        """P(the completion starts with answer | prompt) at the sampling temperature. float64 [N].
 
         For a task with one right completion this is the exact accuracy, without sampling noise.
         """

@@ -114,6 +114,16 @@ def compute_advantages(
     return function([np.asarray(r, np.float64) for r in rewards], alpha, beta, std_eps)
 
 
+def thinned(advantages: Groups, smallest: float, rng: np.random.Generator) -> Groups:
+    """Advantages below ``smallest`` in size become +-smallest with probability |A| / smallest, else 0: the same
+    expectation, and the learner computes nothing for a 0. With a good baseline most rollouts are no surprise."""
+    result = []
+    for a in advantages:
+        keep = rng.random(len(a)) * smallest < np.abs(a)
+        result.append(np.where(np.abs(a) >= smallest, a, np.where(keep, np.sign(a) * smallest, 0.0)))
+    return result
+
+
 def token_weights(
     loss_length: str, prompt_weights: np.ndarray, lengths: Sequence[np.ndarray], max_new_tokens: int
 ) -> Groups:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cures_ray.advantages import compute_advantages, overlong_penalty, token_weights
+from cures_ray.advantages import compute_advantages, overlong_penalty, thinned, token_weights
 from cures_ray.config import Config
 from cures_ray.messages import (
     BatchEntry,
@@ -32,6 +32,7 @@ from cures_ray.messages import (
     TrainingGroup,
 )
 
+THINNING = 7  # random stream of ``thinned``
 VerifiedGroup = tuple[GroupSummary, PayloadHandle, np.ndarray]  # fault mask, bool [n]
 
 
@@ -64,7 +65,7 @@ def assemble(
     for leased in leases:
         by_prompt.setdefault(leased.entry.lease.prompt_id, []).append(leased)
     prompts = [merged for merged in by_prompt.values() if any(one.trained.any() for one in merged)]
-    batch = TrainingBatch(step=version, groups=_training_groups(prompts, groups, config))
+    batch = TrainingBatch(step=version, groups=_training_groups(prompts, groups, config, version))
     trained = {one.entry.lease.lease_id: int(one.trained.sum()) for one in leases}
     discarded = {one.entry.lease.lease_id: one.discarded for one in leases if one.discarded}
     return batch, CommitReport(batch=plan.batch, trained=trained, discarded=discarded)
@@ -99,7 +100,7 @@ def _sort_out(entry: BatchEntry, group: VerifiedGroup | None, oldest: int) -> _L
 
 
 def _training_groups(
-    prompts: list[list[_Leased]], groups: dict[int, VerifiedGroup], config: Config
+    prompts: list[list[_Leased]], groups: dict[int, VerifiedGroup], config: Config, version: int
 ) -> tuple[TrainingGroup, ...]:
     """One TrainingGroup a lease with trained rollouts; baseline and n_i over all leases of its prompt."""
     algo, limit = config.algo, config.rollout.max_new_tokens
@@ -115,6 +116,9 @@ def _training_groups(
         algo.advantage_std_eps,
         whiten=not algo.kl_in_reward,
     )
+    if algo.min_advantage:
+        rng = np.random.default_rng([config.trainer.seed, version, THINNING])
+        advantages = thinned(advantages, algo.min_advantage, rng)
     weights = token_weights(
         algo.loss_length,
         # all leases of a prompt carry the prompt's weight; it counts once

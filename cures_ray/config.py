@@ -106,6 +106,7 @@ class RolloutConfig(Section):
 class AlgoConfig(Section):
     advantage: Advantage = "rloo"
     advantage_std_eps: float = Field(1e-6, gt=0)
+    min_advantage: float = Field(0.0, ge=0)  # smaller |A| train with probability |A| / this, at this size; 0: all do
     loss: Literal["clip", "decoupled", "cispo", "gspo", "reinforce"] = "decoupled"
     loss_length: Literal["constant", "sequence", "token"] = "constant"  # L: constant | |y| | tokens of batch
     clip_eps_low: float = Field(0.2, gt=0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.arms import nested
-from cures_ray.advantages import SMALLEST_STD, compute_advantages
+from cures_ray.advantages import SMALLEST_STD, compute_advantages, thinned
 from cures_ray.config import Config
 from cures_ray.pool import PromptPool
 
@@ -62,3 +62,14 @@ def test_the_prior_of_seen_prompts_follows_only_with_scope_all(scope):
     prior = 4.0 * float(np.clip(p.level.mean(np.array([0]))[0], 0.01, 0.99))
     assert unseen == pytest.approx(prior, rel=1e-5)  # level 1 was always right: the unseen one of it is thought easy
     assert seen == pytest.approx((prior if scope == "all" else 1.0) + 3.0, rel=1e-5)  # its evidence is kept
+
+
+def test_thinning_keeps_the_expectation_and_drops_what_is_no_surprise():
+    rng = np.random.default_rng(0)
+    before = [np.array([0.05, -0.1, 0.7]), np.array([-0.9])]
+    draws = [thinned(before, 0.2, rng) for _ in range(4000)]
+    mean = np.mean([np.concatenate(d) for d in draws], 0)
+    assert mean == pytest.approx([0.05, -0.1, 0.7, -0.9], abs=0.01)
+    kept = np.mean([np.concatenate(d) != 0 for d in draws], 0)
+    assert kept == pytest.approx([0.25, 0.5, 1.0, 1.0], abs=0.03)
+    assert {abs(v) for d in draws for v in d[0][:2]} == {0.0, 0.2}
