@@ -114,7 +114,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {part} is a value, not a section")
-    node[parts[-1]] = _scalar(text)
+    node[parts[-1]] = text if _is_text(parts) else _scalar(text)
+
+
+def _is_text(parts: list[str]) -> bool:
+    """Whether the key takes any text: a folder may be called 2024, and nothing means the empty text."""
+    if len(parts) != 2 or parts[0] not in Config.model_fields:
+        return False
+    field = _section_type(Config.model_fields[parts[0]]).model_fields.get(parts[1])
+    return field is not None and field.annotation is str
 
 
 def _scalar(text: str) -> Any:
