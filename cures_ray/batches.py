@@ -168,4 +168,4 @@ def lease_seed(seed: int, lease_id: int) -> int:
 
 def digest(prompt_ids: np.ndarray) -> str:
     """Identity of a prompt table: of its ids and their order."""
-    return hashlib.sha256(np.ascontiguousarray(prompt_ids).tobytes()).hexdigest()[:16]
+    return hashlib.sha256(np.ascontiguousarray(prompt_ids).data).hexdigest()[:16]

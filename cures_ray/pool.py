@@ -197,7 +197,7 @@ class PromptPool:
 
     def _sampler(self, rng: np.random.Generator) -> PotentialSampler:
         """The sampler with every pending change applied, in index order."""
-        members = self.members
+        members = self._members  # None: all, of which a list would cost O(N) a draw
         if self.config.curriculum.belief_draw == "thompson":  # a fresh accuracy for each prompt: O(N) a draw
             return PotentialSampler(potential(self.belief.sample(rng, members)))
         if "mean" not in self._samplers:
@@ -207,7 +207,7 @@ class PromptPool:
             changed = np.unique(np.concatenate(self._dirty))
             self._dirty.clear()
             local = changed
-            if self._members is not None:
+            if members is not None:
                 local = np.searchsorted(members, changed)
                 inside = members[np.minimum(local, len(members) - 1)] == changed
                 local, changed = local[inside], changed[inside]
@@ -252,8 +252,7 @@ class PromptPool:
             self.cost, self._speed = np.array(state["cost"]), np.array(state["speed"])
         self._samplers.clear()
         if "sampler" in state:
-            self._samplers["mean"] = PotentialSampler(np.zeros(self.size))
-            self._samplers["mean"].load_state_dict(state["sampler"])
+            self._samplers["mean"] = PotentialSampler.restored(self.size, state["sampler"])
         self._dirty = [np.asarray(state["dirty"], np.int64)] if len(state["dirty"]) else []
         if self.level is not None:
             self.level.load_state_dict(state["level"])

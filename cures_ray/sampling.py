@@ -78,15 +78,25 @@ class PotentialSampler:
             self._code[i : i + _CHUNK] = _encode(potential[i : i + _CHUNK])
         bucket = (self._code >> _SHIFT).astype(np.uint16)
         self._count = np.bincount(bucket, minlength=BUCKETS)
+        lists = np.argsort(bucket, kind="stable")
         self._slot = np.empty(n, np.uint32)  # place in the bucket's list
-        self._slot[np.argsort(bucket, kind="stable")] = _ranges(np.zeros(BUCKETS, np.int64), self._count)
+        self._slot[lists] = _ranges(np.zeros(BUCKETS, np.int64), self._count)
         self._moments = np.zeros((BUCKETS, ORDER + 1))  # sum of offset^k, offset in [-1, 1)
         for i in range(0, n, _CHUNK):
             powers = _powers(self._code[i : i + _CHUNK])
             for k in range(ORDER + 1):
                 self._moments[:, k] += np.bincount(bucket[i : i + _CHUNK], powers[:, k], BUCKETS)
         self._pool = np.empty(2 * n + 8, np.uint32)  # all member lists, with room to grow
-        self._lay_out(self._count)
+        self._lay_out(self._count, lists)
+
+    @classmethod
+    def restored(cls, num_prompts: int, state: dict[str, np.ndarray]) -> PotentialSampler:
+        """The sampler of a ``state_dict``, in about the time of copying it."""
+        self = cls.__new__(cls)
+        self.num_prompts = num_prompts
+        self._pool = np.empty(2 * num_prompts + 8, np.uint32)
+        self.load_state_dict(state)
+        return self
 
     def update(self, index: np.ndarray | Sequence[int], potential: np.ndarray) -> None:
         """Set the potentials of rows ``index`` [k], in O(k). Of a row named twice the last value counts."""
@@ -169,18 +179,19 @@ class PotentialSampler:
         return sum(a.nbytes for a in arrays)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The arrays themselves, not copies: write them out before the next change."""
-        return {"code": self._code, "slot": self._slot, "moments": self._moments}
+        """The arrays themselves where possible, not copies: write them out before the next change."""
+        return {"code": self._code, "slot": self._slot, "moments": self._moments, "lists": self._lists()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Take over the arrays of ``state_dict`` (no copy when they are writable)."""
-        if len(state["code"]) != self.num_prompts or len(state["slot"]) != self.num_prompts:
-            raise ValueError(f"sampler state has {len(state['code'])} prompts, this sampler {self.num_prompts}")
+        for name in ("code", "slot", "lists"):
+            if len(state[name]) != self.num_prompts:
+                raise ValueError(f"sampler state has {len(state[name])} prompts, this sampler {self.num_prompts}")
         self._code = np.require(state["code"], np.uint32, "W")
         self._slot = np.require(state["slot"], np.uint32, "W")
         self._moments = np.require(state["moments"], np.float64, "W").reshape(BUCKETS, ORDER + 1)
         self._count = np.rint(self._moments[:, 0]).astype(np.int64)
-        self._lay_out(self._count)
+        self._lay_out(self._count, state["lists"])
 
     def _span(self, tau: float) -> slice:
         """The buckets that can matter: from the highest non-empty one to 60 nats below it."""
@@ -236,23 +247,27 @@ class PotentialSampler:
         if self._end + room.sum() > len(self._pool):
             counts = self._count.copy()
             counts[bucket] = need
-            self._lay_out(counts)
+            self._lay_out(counts, self._lists())
             return
         start = self._end + np.cumsum(room) - room
         self._pool[_ranges(start, self._count[grown])] = self._pool[_ranges(self._start[grown], self._count[grown])]
         self._start[grown], self._room[grown] = start, room
         self._end += int(room.sum())
 
-    def _lay_out(self, counts: np.ndarray) -> None:
-        """Rebuild the pool from codes and slots, each list with a quarter of spare room. O(N), and rare:
-        at least N / 8 prompts change bucket between two of these."""
+    def _lists(self) -> np.ndarray:
+        """All member lists, one after the other, uint32 [N]."""
+        return np.concatenate([self._pool[s : s + n] for s, n in zip(self._start, self._count, strict=True)])
+
+    def _lay_out(self, counts: np.ndarray, lists: np.ndarray) -> None:
+        """Spread ``lists`` over the pool, with room for a quarter more than ``counts``. O(N), and rare: at least
+        N / 8 prompts change bucket between two of these."""
         self._room = counts + counts // 4
         self._start = np.cumsum(self._room) - self._room
         self._end = int(self._room.sum())
-        for i in range(0, self.num_prompts, _CHUNK):
-            place = self._start[self._code[i : i + _CHUNK] >> _SHIFT]
-            place += self._slot[i : i + _CHUNK]
-            self._pool[place] = np.arange(i, i + len(place), dtype=np.uint32)
+        ends = np.cumsum(self._count)
+        for bucket in np.flatnonzero(self._count):
+            start, n, end = self._start[bucket], self._count[bucket], ends[bucket]
+            self._pool[start : start + n] = lists[end - n : end]
 
 
 class UniformSampler:

@@ -174,8 +174,8 @@ def test_the_solved_temperature_hits_the_target_ess(seed, target):
     rng = np.random.default_rng(seed)
     v = potential(rng.beta(*rng.uniform(0.2, 3, 2), 400))
     tau = PotentialSampler(v).solve_tau(target)
-    assert TAU_MIN < tau < TAU_MAX
-    assert plain(v, tau)[2] == pytest.approx(target * 400, rel=1e-3)
+    ess = plain(v, tau)[2]
+    assert ess == pytest.approx(target * 400, rel=1e-3) or (tau == TAU_MIN and ess > target * 400)  # too many ties
 
 
 def test_an_ess_target_that_ties_make_unreachable_takes_the_nearest_temperature():
