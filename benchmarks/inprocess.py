@@ -182,6 +182,14 @@ class LocalGenerator:
                     future.set_result(rollouts)
             await asyncio.sleep(0)
 
+    async def drain(self) -> None:
+        """Return when nothing waits or is sampled: what the real system generates while the learner trains."""
+        quiet = 0
+        while quiet < 50:  # a lease takes a few turns of the loop to become a request
+            await asyncio.sleep(0)
+            busy = self._queue or (self._pump is not None and not self._pump.done())
+            quiet = 0 if busy else quiet + 1
+
     def _package(
         self, request: GenerationRequest, rollouts: list[Any], seconds: float
     ) -> tuple[GroupSummary, RolloutGroup]:
@@ -316,15 +324,17 @@ def run_in_process(
         verifier: instead of the task's judge.
     """
     costs = Costs()
-    learner = LocalLearner(config, costs)
     rollout = config.rollout
+    learner = LocalLearner(config, costs)
     sampler = Sampler(learner.policy.lm, inputs.tokenizer, rollout.temperature, rollout.max_new_tokens)
+    generator = LocalGenerator(sampler, costs)
+    learner.before_training = generator.drain
     train = RowCache(inputs.train)
     curriculum = make_curriculum(config, inputs)
     before_plan = _oracle(oracle, ChainAccuracy(sampler, train), costs) if oracle is not None else None
     ledger = LocalLedger(curriculum, costs, before_plan)
     verifier = verifier or LocalVerifier(JUDGES[task], config.trainer.seed, coin)
-    ports = Ports(ledger=ledger, fleet=LocalFleet(LocalGenerator(sampler, costs)), verifier=verifier, learner=learner)
+    ports = Ports(ledger=ledger, fleet=LocalFleet(generator), verifier=verifier, learner=learner)
     evaluator = None
     if inputs.eval is not None:
         held_out = RowCache(inputs.eval)

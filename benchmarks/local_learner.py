@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,11 @@ class LocalLearner:
             fused=True,
         )
         self.updates = 0
+        self.before_training: Callable[[], Awaitable[None]] | None = None
 
     async def train(self, batch: TrainingBatch) -> StepReport:
+        if self.before_training is not None:
+            await self.before_training()
         with self.costs.timed("learner"):
             report = self._train(batch)
         self.costs.trained(report.metrics, 1)

@@ -24,7 +24,7 @@ from cures_ray.preflight import prepare_inputs
 from cures_ray.rewards import verify_math
 from cures_ray.tasks import TASKS, generate, solve_chain, to_row
 
-TINY = {"prompts": 96, "eval_prompts": 48, "sft_steps": 60, "sft_batch": 32, "hidden": 32, "layers": 1, "heads": 2}
+TINY = {"prompts": 96, "eval_prompts": 48, "sft_steps": 250, "sft_batch": 24, "hidden": 48, "layers": 2, "heads": 4}
 SMALL_BATCH = {"curriculum.rollouts_per_step": 64, "curriculum.prompts_per_step": 8, "curriculum.n_max": 16}
 WIDE_BATCH = {"curriculum.rollouts_per_step": 64, "curriculum.prompts_per_step": 64}
 
