@@ -79,6 +79,17 @@ _WIDE_CURES: Overrides = _WIDE | {
     "curriculum.draw": "with_replacement",
     "curriculum.target_ess_fraction": 0.5,
 }
+_PREDICT: Overrides = {  # the belief's prior follows a predictor fitted online, also where there is evidence
+    "curriculum.prior_from": "predictor",
+    "curriculum.prior_scope": "all",
+    "curriculum.prior_strength": 4.0,
+    "curriculum.discount": 0.8,
+}
+_CURES_WIDE: Overrides = (  # rho* sampling, one rollout a draw, predicted baseline and scale, no work on what is expected
+    _WIDE_CURES
+    | _PREDICT
+    | {"curriculum.allocation": "uniform", "algo.advantage": "posterior_std", "algo.min_advantage": 0.3}
+)
 
 ARMS: dict[str, Overrides] = {
     # the field
@@ -116,8 +127,11 @@ ARMS: dict[str, Overrides] = {
     "wide": _WIDE,
     "wide_cures": _WIDE_CURES,
     "wide_sampling": _WIDE_CURES | {"curriculum.allocation": "uniform"},
-    "wide_predictor": _WIDE | {"curriculum.prior_from": "predictor"},
-    "wide_cures_predictor": _WIDE_CURES | {"curriculum.prior_from": "predictor"},
+    "wide_predictor": _WIDE | _PREDICT,
+    "wide_predictor_std": _WIDE | _PREDICT | {"algo.advantage": "posterior_std"},
+    "wide_cures_predictor": _WIDE_CURES | _PREDICT,
+    "cures_wide": _CURES_WIDE,
+    "cures_wide_uniform": _CURES_WIDE | {"curriculum.sampling": "uniform", "curriculum.draw": "epoch"},  # its control
     # controls
     "uniform_curriculum": {  # GRPO through the curriculum's own code path
         "curriculum.method": "cures",
@@ -136,17 +150,17 @@ CONTROLS: dict[str, tuple[str, str]] = {  # control arm -> (arm, control)
     "oracle_wide_cures": ("wide_cures", "oracle"),
     "oracle_wide": ("wide", "oracle"),
 }
-HEADLINE = ("grpo", "rpp", "gvm", "dapo", "mopps", "cures", "wide", "wide_cures")
+HEADLINE = ("grpo", "rpp", "gvm", "dapo", "mopps", "cures", "wide", "wide_cures", "cures_wide")
 
 # Rollouts planned per rollout trained, about: such arms are evaluated more often, to have as many points per cost.
 PLANNED_PER_TRAINED = {"dapo": 3.0, "speed": 3.0, "ada": 3.0}
 
 # Learning rates by (task, variant): the arm's own, else "*". benchmarks/results/lr_sweep_*.json has the sweeps.
 LEARNING_RATES: dict[tuple[str, str], dict[str, float]] = {
-    ("chain", "N"): {"*": 1e-3},
-    ("chain", "T"): {"*": 6e-4},
-    ("program", "N"): {"*": 6e-4},
-    ("program", "T"): {"*": 6e-4},
+    ("chain", "N"): {"*": 2e-3},
+    ("chain", "T"): {"*": 2e-3},
+    ("program", "N"): {"*": 2e-3},
+    ("program", "T"): {"*": 2e-3},
 }
 
 # The base model of a task: arguments of cures_ray.base_model.BaseModelSpec.
