@@ -85,7 +85,7 @@ _PREDICT: Overrides = {  # the belief's prior follows a predictor fitted online,
     "curriculum.prior_strength": 4.0,
     "curriculum.discount": 0.8,
 }
-_CURES_WIDE: Overrides = (  # rho* sampling, one rollout a draw, predicted baseline and scale, no work on what is expected
+_CURES_WIDE: Overrides = (  # rho* draws, one rollout each, predicted baseline and scale, no work on the expected
     _WIDE_CURES
     | _PREDICT
     | {"curriculum.allocation": "uniform", "algo.advantage": "posterior_std", "algo.min_advantage": 0.3}
