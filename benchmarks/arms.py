@@ -155,7 +155,7 @@ HEADLINE = ("grpo", "rpp", "gvm", "dapo", "mopps", "cures", "wide", "wide_cures"
 # Rollouts planned per rollout trained, about: such arms are evaluated more often, to have as many points per cost.
 PLANNED_PER_TRAINED = {"dapo": 3.0, "speed": 3.0, "ada": 3.0}
 
-# Learning rates by (task, variant): the arm's own, else "*". benchmarks/results/lr_sweep_*.json has the sweeps.
+# Learning rates by (task, variant): the label's own, else the arm's, else "*"; chosen in results/lr_sweep_*.json.
 LEARNING_RATES: dict[tuple[str, str], dict[str, float]] = {
     ("chain", "N"): {"*": 2e-3},
     ("chain", "T"): {"*": 2e-3},
@@ -202,7 +202,7 @@ def arm_config(
         "data.eval": f"{base}/eval.jsonl",
         "rollout.max_new_tokens": TASKS[task].max_new_tokens,
         "verifier.fn": TASKS[task].verifier,
-        "learner.lr": rates.get(arm, rates["*"]),
+        "learner.lr": rates.get(label, rates.get(arm, rates["*"])),
         "learner.seed": seed,
         "data.seed": seed,
         "trainer.seed": seed,

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cell-timeout-s", type=float, default=3600.0)
     p.add_argument("--minutes", type=float, help="start no further cell after this time")
     p.add_argument("--retry-failed", action="store_true")
-    p.add_argument("--name", help="also write benchmarks/results/NAME.json")
+    p.add_argument("--name", help="also write benchmarks/results/NAME.json, .md and .csv")
     p.add_argument("--no-report", action="store_true", help="cells only: no tables and plots")
     return p
 
@@ -113,7 +113,9 @@ def write_report(args: argparse.Namespace, labels: list[str], records: list[dict
     if args.name:
         from benchmarks.results_file import write_result
 
-        write_result(args.name, result_figures(figures), result_rows(figures, records), command=command)
+        path = write_result(args.name, result_figures(figures), result_rows(figures, records), command=command)
+        for suffix in (".md", ".csv"):
+            path.with_suffix(suffix).write_text((args.out / f"table{suffix}").read_text())
 
 
 def _say(line: str) -> None:
