@@ -11,6 +11,7 @@ import json
 import os
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,13 +53,14 @@ def _generate(args: argparse.Namespace, prompts: PromptTable) -> list[list[str]]
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM, SamplingParams, TokensPrompt
 
+    cache: dict[str, Any] = {"kv_cache_memory_bytes": 256 << 20} if cpu else {}
     engine = LLM(
         model=args.model,
         dtype=args.dtype,
         max_model_len=args.max_prompt_tokens + args.max_new_tokens,
         enforce_eager=cpu,
         disable_log_stats=True,
-        **({"kv_cache_memory_bytes": 256 << 20} if cpu else {}),
+        **cache,
     )
     temperature = 0.0 if args.samples == 1 else 1.0
     params = SamplingParams(temperature=temperature, n=args.samples, max_tokens=args.max_new_tokens, seed=0)

@@ -48,7 +48,7 @@ class CheckpointStore:
 
     def newest_intact(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that passes its manifest, and why newer ones were passed over."""
-        problems = []
+        problems: list[str] = []
         for folder in sorted(self.root.glob("step-*"), reverse=True):
             problem = check(folder)
             if problem is None:

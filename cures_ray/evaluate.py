@@ -17,7 +17,8 @@ RETRIES = 5
 
 
 class EvalPrompts(Protocol):
-    levels: np.ndarray | None
+    @property
+    def levels(self) -> np.ndarray | None: ...
 
     def __len__(self) -> int: ...
 
@@ -47,7 +48,8 @@ class Evaluator:
             tasks = [self._score(i, kind == "greedy", generators, limit) for i in range(len(self.prompts))]
             scores = np.array(await asyncio.gather(*tasks))
             metrics |= {f"eval/{kind}_{name}": value for name, value in self._summaries(scores).items()}
-        self.history = [entry for entry in self.history if entry[0] != version]  # a resumed run measures its start again
+        # a resumed run measures its start again
+        self.history = [entry for entry in self.history if entry[0] != version]
         self.history.append((version, metrics))
         return metrics
 

@@ -79,7 +79,8 @@ class ProgressView:
 
     def __init__(self, mode: str, total: int, out: TextIO) -> None:
         self.mode = ("live" if out.isatty() else "lines") if mode == "auto" else mode
-        self.total, self.out, self.latest, self.lines = total, out, {}, 0
+        self.total, self.out, self.lines = total, out, 0
+        self.latest: Metrics = {}
         self._recent: list[list[str]] = []
         self._live: Live | None = None
         if self.mode == "live":
@@ -87,7 +88,7 @@ class ProgressView:
             self._live.start()
 
     def step(self, step: int, metrics: Metrics) -> None:
-        self.latest: Metrics = {**self.latest, **metrics, "step": float(step)}
+        self.latest = {**self.latest, **metrics, "step": float(step)}
         if "rollout/reward" not in metrics and "eval/greedy_accuracy" in metrics:
             return self.note(f"version {step}: held-out accuracy {metrics['eval/greedy_accuracy']:.3f}")
         cells = [fmt.format(self.latest[key]) if key in self.latest else "-" for _, key, fmt in COLUMNS]

@@ -37,7 +37,8 @@ def prepare_inputs(config: Config, *, claim_run_dir: bool = True, test_verifier:
             raise ConfigError(f"{key} is not set; write it in the configuration or pass {key}=...")
     notes: list[str] = []
     run_dir = Path(config.checkpoint.dir)
-    resume, problems = (None, [])
+    resume: Path | None = None
+    problems: list[str] = []
     if claim_run_dir:
         resume, problems = claim(run_dir, config)
         notes += [f"checkpoint passed over: {p}" for p in problems]

@@ -1,7 +1,7 @@
 """Write docs/configuration.md from cures_ray/config.py: key, type, default, and the comment behind it.
 
-    python scripts/config_reference.py           # rewrite the page
-    python scripts/config_reference.py --check   # exit 1 when it is out of date
+python scripts/config_reference.py           # rewrite the page
+python scripts/config_reference.py --check   # exit 1 when it is out of date
 """
 
 from __future__ import annotations

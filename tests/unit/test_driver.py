@@ -1,9 +1,11 @@
 import asyncio
 import time
 
+import numpy as np
 import pytest
 from fakes import World, small_config
 
+from cures_ray.curriculum import Curriculum
 from cures_ray.evaluate import Evaluator
 from cures_ray.messages import Discard, RunError
 
@@ -168,3 +170,26 @@ async def test_a_generator_that_joins_gets_weights_and_leases():
     await run
     assert world.fleet.members["late"].version == 20
     assert world.fleet.members["late"].most_active > 0
+
+
+async def test_a_synchronous_run_resumed_from_a_checkpoint_trains_the_same_batches(tmp_path):
+    settings = {"async_rl": {"max_staleness": 0}, "checkpoint": {"interval": 3}}
+
+    async def keep(world, version):
+        (tmp_path / str(version)).mkdir()
+        await world.ledger.save(tmp_path / str(version))
+
+    whole = World(small_config(**settings), generators=2, save_checkpoint=lambda v: keep(whole, v))
+    expected = await whole.driver.run()
+    resumed = World(small_config(**settings), generators=2, version=3)
+    resumed.ledger.curriculum = Curriculum.load(
+        tmp_path / "3", resumed.config, resumed.prompts.ids, resumed.prompts.levels
+    )
+    resumed.ledger.curriculum.reissue_uncommitted()
+    assert await resumed.driver.run() == expected, "nothing was interrupted: the checkpoint lies between two batches"
+    for ours, theirs in zip(resumed.learner.batches, whole.learner.batches[3:], strict=True):
+        assert ours.step == theirs.step
+        for a, b in zip(ours.groups, theirs.groups, strict=True):
+            assert (a.lease_id, a.prompt_tokens) == (b.lease_id, b.prompt_tokens)
+            for name in ("rewards", "advantages", "weights", "rollout_index"):
+                assert np.array_equal(getattr(a, name), getattr(b, name))
