@@ -197,12 +197,13 @@ class PromptPool:
 
     def _sampler(self, rng: np.random.Generator) -> PotentialSampler:
         """The sampler with every pending change applied, in index order."""
+        belief = self.belief  # counts what is pending, so that it is among the changes below
         members = self._members  # None: all, of which a list would cost O(N) a draw
         if self.config.curriculum.belief_draw == "thompson":  # a fresh accuracy for each prompt: O(N) a draw
-            return PotentialSampler(potential(self.belief.sample(rng, members)))
+            return PotentialSampler(potential(belief.sample(rng, members)))
         if "mean" not in self._samplers:
             self._dirty.clear()
-            self._samplers["mean"] = PotentialSampler(potential(self.belief.mean(members)))
+            self._samplers["mean"] = PotentialSampler(potential(belief.mean(members)))
         elif self._dirty:
             changed = np.unique(np.concatenate(self._dirty))
             self._dirty.clear()
@@ -212,7 +213,7 @@ class PromptPool:
                 inside = members[np.minimum(local, len(members) - 1)] == changed
                 local, changed = local[inside], changed[inside]
             if len(changed):
-                self._samplers["mean"].update(local, potential(self.belief.mean(changed)))
+                self._samplers["mean"].update(local, potential(belief.mean(changed)))
         return self._samplers["mean"]
 
     # -- persistence -----------------------------------------------------------------------------

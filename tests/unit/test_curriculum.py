@@ -9,6 +9,7 @@ from simulated import Run, by_prompt, rollouts, settlement
 from cures_ray.curriculum import Curriculum
 from cures_ray.messages import CommitReport, Discard, Lease
 from cures_ray.methods import METHODS
+from cures_ray.sampling import PotentialSampler, potential
 
 HALF = np.full(20, 0.5)
 
@@ -91,6 +92,18 @@ def test_the_next_draw_depends_on_the_set_of_settlements_and_not_on_their_order(
             [(x.lease_id, x.prompt_index, x.n, x.alpha, x.beta, x.weight, x.seed) for x in c.lease("w", 99, 1)]
         )
     assert draws[0] and draws[0] == draws[1]
+
+
+def test_a_draw_knows_all_evidence_settled_before_it_committed_or_not():
+    run = Run(np.linspace(0, 1, 20), staleness=2, tau=0.05, belief="none")
+    c = run.curriculum
+    for batch in range(3):
+        leases = c.lease("w", 32, 0)
+        assert {x.batch for x in leases} == {batch} and sum(x.n for x in leases) == 32
+        sampler = PotentialSampler(potential(c.pool.belief.mean()))
+        assert c.batches[batch].metrics["ess"] == pytest.approx(sampler.ess(0.05))
+        for lease in leases:
+            run.settle(lease)
 
 
 def test_evidence_of_an_old_policy_is_discounted_by_its_lag():
