@@ -9,7 +9,9 @@ A crash, a kill or a timeout costs one cell; a killed sweep continues where it w
 
 from __future__ import annotations
 
+import importlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -38,6 +40,48 @@ def cell_command(spec: Path, result: Path) -> list[str]:
     return [sys.executable, "-m", "benchmarks.cell", str(spec), str(result)]
 
 
+class Forked:
+    """A cell in a fork of this process, which has the libraries loaded: saves their import, a fifth of a small cell.
+
+    As ``subprocess.Popen``: a session of its own, ``pid``, ``poll``, ``wait``, ``returncode``.
+    """
+
+    def __init__(self, spec: Path, result: Path, log: Path) -> None:
+        self._process = multiprocessing.get_context("fork").Process(target=_run_forked, args=(spec, result, log))
+        self._process.start()
+        self.pid = int(self._process.pid or 0)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> None:
+        self._process.join(timeout)
+
+
+Process = Forked | subprocess.Popen[bytes]
+
+
+def preload() -> None:
+    """Import what a cell in process needs, with one thread, before the first fork. No tensor is computed here."""
+    os.environ.update(ONE_THREAD)
+    importlib.import_module("benchmarks.inprocess")
+    importlib.import_module("transformers.models.qwen3.modeling_qwen3")
+
+
+def _run_forked(spec: Path, result: Path, log: Path) -> None:
+    os.setsid()
+    with log.open("wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    from benchmarks.cell import main
+
+    sys.exit(main([str(spec), str(result)]))
+
+
 @dataclass(slots=True)
 class Sweep:
     """Runs cells into ``folder``.
@@ -53,7 +97,7 @@ class Sweep:
     timeout_s: float = 3600.0
     retry_failed: bool = False
     until: float | None = None
-    command: Command = cell_command
+    command: Command | None = None  # None: cells in process are forks, cells of the full system run ``cell_command``
     log: Callable[[str], None] = print
 
     def run(self, specs: list[Spec]) -> None:
@@ -62,7 +106,7 @@ class Sweep:
         waiting = [s for s in specs if not self._settled(s)]
         total, done, began = len(waiting), 0, time.monotonic()
         self.log(f"sweep: {len(specs)} cells, {len(specs) - total} finished before, {total} to run")
-        running: dict[subprocess.Popen[bytes], tuple[Spec, float]] = {}
+        running: dict[Process, tuple[Spec, float]] = {}
         try:
             while waiting or running:
                 late = self.until is not None and time.time() > self.until
@@ -99,22 +143,25 @@ class Sweep:
         record = self.result(spec)
         return record is not None and (record["status"] == "done" or not self.retry_failed)
 
-    def _start(self, spec: Spec) -> subprocess.Popen[bytes]:
+    def _start(self, spec: Spec) -> Process:
         path = self._path(spec, ".spec")
         path.write_text(json.dumps(asdict(spec)))
         self._path(spec).unlink(missing_ok=True)
         self._path(spec, ".failed.json").unlink(missing_ok=True)
+        if self.command is None and spec.engine == "inprocess":
+            preload()
+            return Forked(path, self._path(spec), self._path(spec, ".log"))
         threads = ONE_THREAD if spec.engine == "inprocess" else {}
         with self._path(spec, ".log").open("wb") as log:
             return subprocess.Popen(
-                self.command(path, self._path(spec)),
+                (self.command or cell_command)(path, self._path(spec)),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 env=os.environ | COMPILED_ONCE | threads,
             )
 
-    def _ended(self, process: subprocess.Popen[bytes], since: float) -> bool:
+    def _ended(self, process: Process, since: float) -> bool:
         if process.poll() is not None:
             _end_group(process)  # whatever it left behind
             return True
@@ -124,7 +171,7 @@ class Sweep:
             return True
         return False
 
-    def _finish(self, spec: Spec, code: int, seconds: float) -> str:
+    def _finish(self, spec: Spec, code: int | None, seconds: float) -> str:
         path = self._path(spec)
         if code == 0 and path.exists():
             self._path(spec, ".spec").unlink(missing_ok=True)
@@ -141,7 +188,7 @@ def _headline(record: dict[str, Any]) -> str:
     return f"accuracy {curve[0]['sampled']:.3f} -> {curve[-1]['sampled']:.3f}" if curve else "done"
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
+def _end_group(process: Process) -> None:
     """End the cell's own process group; it was started as a session of its own."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
