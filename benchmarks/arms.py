@@ -22,6 +22,7 @@ EVALUATIONS = 20  # evaluations within a budget, about
 # The same for every arm and task. 32 prompts x 8 rollouts = 256 rollouts a step.
 COMMON: Overrides = {
     "data.max_prompt_tokens": 64,
+    "data.max_eval_prompts": 256,
     "curriculum.prompts_per_step": 32,
     "curriculum.rollouts_per_step": 256,
     "curriculum.n_min": 2,
@@ -212,7 +213,7 @@ def arm_config(
     values |= ARMS[arm] | changes | extra
     planned = values["curriculum.rollouts_per_step"] * PLANNED_PER_TRAINED.get(arm, 1.0)
     values.setdefault("trainer.steps", max(1, budget // values["curriculum.rollouts_per_step"]))
-    values.setdefault("eval.interval", max(1, round(budget / planned / EVALUATIONS)))
+    values.setdefault("eval.interval", max(1, -(-budget // round(planned * EVALUATIONS))))
     return Config.model_validate(nested(values))
 
 
