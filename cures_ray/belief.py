@@ -211,11 +211,11 @@ class BeliefTable:
 
 def _turns(rows: np.ndarray) -> list[np.ndarray | slice]:
     """Split positions so that no turn holds a row twice: turn j holds the j-th occurrence of each row."""
-    order = np.argsort(rows, kind="stable")
-    ordered = rows[order]
-    first = np.r_[True, ordered[1:] != ordered[:-1]] if len(rows) else np.zeros(0, bool)
-    if first.all():
+    ordered = np.sort(rows)
+    if not (ordered[1:] == ordered[:-1]).any():
         return [slice(None)]
+    order = np.argsort(rows, kind="stable")
+    first = np.r_[True, ordered[1:] != ordered[:-1]]
     group_start = np.maximum.accumulate(np.where(first, np.arange(len(rows)), 0))
     occurrence = np.empty(len(rows), np.int64)
     occurrence[order] = np.arange(len(rows)) - group_start

@@ -48,7 +48,7 @@ from cures_ray.methods import METHODS
 from cures_ray.pool import PromptPool
 from cures_ray.snapshot import read_state, write_state
 
-FORMAT = 1
+FORMAT = 2  # of saved curricula
 
 
 class Curriculum:

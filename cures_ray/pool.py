@@ -205,7 +205,8 @@ class PromptPool:
             self._dirty.clear()
             self._samplers["mean"] = PotentialSampler(potential(belief.mean(members)))
         elif self._dirty:
-            changed = np.unique(np.concatenate(self._dirty))
+            changed = np.sort(np.concatenate(self._dirty))
+            changed = changed[np.r_[True, changed[1:] != changed[:-1]]]  # np.unique takes four times as long
             self._dirty.clear()
             local = changed
             if members is not None:

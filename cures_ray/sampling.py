@@ -15,6 +15,7 @@ overflow nor, when all potentials collapse to 0, a normaliser of 0.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _UNIT = 0.5 / (2**32 - 1)  # potential per code
 _CENTRE = ((np.arange(BUCKETS) << _SHIFT) + _HALF) * _UNIT
 _NEGLIGIBLE = 60.0  # nats below the largest weight at which a bucket is left out
 _CHUNK = 2**20
+_SMALL = 2**19  # prompts up to which one indexed copy is faster than a copy for each bucket
 _FACTORIAL = np.array([math.factorial(k) for k in range(ORDER + 1)], np.float64)
 
 
@@ -64,8 +66,8 @@ def weight_ess(weights: np.ndarray, multiplicity: np.ndarray) -> float:
 class PotentialSampler:
     """Draws rows of ``potential`` [N] from rho*. For a subset of prompts, build a sampler of the subset.
 
-    State is the codes, each prompt's place in its bucket's list, and the power sums: restored, it draws the
-    same prompts from the same generator, bit for bit.
+    State is the codes, the member lists, each prompt's place in its list, the power sums and the last tau:
+    restored, it draws the same prompts from the same generator, bit for bit.
     """
 
     def __init__(self, potential: np.ndarray) -> None:
@@ -88,6 +90,7 @@ class PotentialSampler:
                 self._moments[:, k] += np.bincount(bucket[i : i + _CHUNK], powers[:, k], BUCKETS)
         self._pool = np.empty(2 * n + 8, np.uint32)  # all member lists, with room to grow
         self._lay_out(self._count, lists)
+        self._tau = 0.0  # last solution of solve_tau; 0: none yet
 
     @classmethod
     def restored(cls, num_prompts: int, state: dict[str, np.ndarray]) -> PotentialSampler:
@@ -102,8 +105,9 @@ class PotentialSampler:
         """Set the potentials of rows ``index`` [k], in O(k). Of a row named twice the last value counts."""
         rows = np.asarray(index, np.int64)
         code = _encode(np.broadcast_to(np.asarray(potential, np.float64), rows.shape))
-        rows, last = np.unique(rows[::-1], return_index=True)
-        code = code[::-1][last]
+        if not np.all(rows[1:] > rows[:-1]):
+            rows, last = np.unique(rows[::-1], return_index=True)
+            code = code[::-1][last]
         changed = self._code[rows] != code
         rows, code = rows[changed], code[changed]
         if not len(rows):
@@ -112,7 +116,9 @@ class PotentialSampler:
         self._code[rows] = code
         source, target = (before >> _SHIFT).astype(np.int64), (code >> _SHIFT).astype(np.int64)
         flat = np.r_[source, target][:, None] * (ORDER + 1) + np.arange(ORDER + 1)
-        np.add.at(self._moments.ravel(), flat.ravel(), np.r_[-_powers(before), _powers(code)].ravel())
+        powers = _powers(np.r_[before, code])
+        powers[: len(before)] *= -1
+        np.add.at(self._moments.ravel(), flat.ravel(), powers.ravel())
         moved = source != target
         if moved.any():
             self._remove(rows[moved], source[moved])
@@ -124,7 +130,7 @@ class PotentialSampler:
         """m i.i.d. draws from rho*; all randomness comes from ``rng``. ``tau`` in [TAU_MIN, TAU_MAX]."""
         log_z, ess = self._sums(tau)
         span = self._span(tau)
-        mass = np.cumsum(self._count[span] * np.exp((_CENTRE[span] - _CENTRE[span.stop - 1]) / tau))
+        mass = np.cumsum(self._count[span] * _relative_weight(span.start, span.stop, tau))
         kept: list[np.ndarray] = []
         missing = m
         while missing > 0:
@@ -152,26 +158,42 @@ class PotentialSampler:
         """The tau whose ESS is ``target_ess_fraction`` * N within relative ``tolerance``.
 
         The ESS rises with tau. Returns TAU_MIN where even that leaves more (collapse: all potentials alike),
-        TAU_MAX where the target is out of reach.
+        TAU_MAX where the target is out of reach. Starts from the last solution, which is part of the state.
         """
         goal = math.log(max(target_ess_fraction * self.num_prompts, 1.0))
-        low, high = math.log(TAU_MIN), math.log(TAU_MAX)
-        below, above = math.log(self.ess(TAU_MIN)) - goal, math.log(self.ess(TAU_MAX)) - goal
-        if below >= 0:
-            return TAU_MIN
-        if above <= tolerance:
-            return TAU_MAX
-        for step in range(100):  # bisection and regula falsi (Illinois) in turn
+
+        def excess(log_tau: float) -> float:
+            return math.log(self.ess(min(max(math.exp(log_tau), TAU_MIN), TAU_MAX))) - goal
+
+        low, high, blind = math.log(TAU_MIN), math.log(TAU_MAX), 6
+        if self._tau > 0:
+            last = math.log(self._tau)
+            value = excess(last)
+            if abs(value) <= tolerance:
+                return self._tau
+            other = last - math.copysign(0.05, value)
+            beyond = excess(other)
+            if value * beyond < 0:
+                (low, below), (high, above) = sorted([(last, value), (other, beyond)])
+                blind = 0
+        if blind:
+            below, above = excess(low), excess(high)
+            if below >= 0:
+                return TAU_MIN
+            if above <= tolerance:
+                return TAU_MAX
+        for step in range(100):  # bisection, then regula falsi (Illinois) with a bisection now and then
             falsi = low + (high - low) * below / (below - above)
-            middle = falsi if step >= 6 and step % 3 else 0.5 * (low + high)
-            value = math.log(self.ess(math.exp(middle))) - goal
+            middle = falsi if step >= blind and (step - blind) % 3 < 2 else 0.5 * (low + high)
+            value = excess(middle)
             if abs(value) <= tolerance or high - low < 1e-12:
                 break
             if value < 0:
                 low, below, above = middle, value, above / 2
             else:
                 high, above, below = middle, value, below / 2
-        return math.exp(middle)
+        self._tau = math.exp(middle)
+        return self._tau
 
     @property
     def nbytes(self) -> int:
@@ -180,7 +202,13 @@ class PotentialSampler:
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The arrays themselves where possible, not copies: write them out before the next change."""
-        return {"code": self._code, "slot": self._slot, "moments": self._moments, "lists": self._lists()}
+        return {
+            "code": self._code,
+            "slot": self._slot,
+            "lists": self._lists(),
+            "moments": self._moments,
+            "tau": np.array(self._tau),
+        }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Take over the arrays of ``state_dict`` (no copy when they are writable)."""
@@ -190,6 +218,7 @@ class PotentialSampler:
         self._code = np.require(state["code"], np.uint32, "W")
         self._slot = np.require(state["slot"], np.uint32, "W")
         self._moments = np.require(state["moments"], np.float64, "W").reshape(BUCKETS, ORDER + 1)
+        self._tau = float(state["tau"])
         self._count = np.rint(self._moments[:, 0]).astype(np.int64)
         self._lay_out(self._count, state["lists"])
 
@@ -206,17 +235,16 @@ class PotentialSampler:
         order = np.arange(ORDER + 1)
         ratio = _HALF * _UNIT / tau
         series = np.stack([ratio**order, (2 * ratio) ** order], 1) / _FACTORIAL[:, None]
-        scale = np.exp((_CENTRE[span] - _CENTRE[span.stop - 1]) / tau)
+        scale = _relative_weight(span.start, span.stop, tau)
         sums = self._moments[span] @ series
         z, z_sq = float(scale @ sums[:, 0]), float(scale**2 @ sums[:, 1])
         return math.log(z) + float(_CENTRE[span.stop - 1] - 0.5) / tau, min(max(z * z / z_sq, 1.0), self.num_prompts)
 
     def _remove(self, rows: np.ndarray, bucket: np.ndarray) -> None:
         """Take rows out of their lists; the last members of a list move into its holes."""
-        slot = self._slot[rows].astype(np.int64)
-        order = np.lexsort((slot, bucket))
-        slot, bucket = slot[order], bucket[order]
-        touched, removed = np.unique(bucket, return_counts=True)
+        place = np.sort(bucket << 32 | self._slot[rows])  # by bucket, then slot
+        bucket, slot = place >> 32, place & 0xFFFFFFFF
+        touched, removed = _runs(bucket)
         left = self._count[touched] - removed
         tail = self._pool[_ranges(self._start[touched] + left, removed)]  # members beyond the new ends
         offset = slot - np.repeat(left, removed)
@@ -230,9 +258,9 @@ class PotentialSampler:
 
     def _insert(self, rows: np.ndarray, bucket: np.ndarray) -> None:
         """Append rows to their new lists, in row order."""
-        order = np.argsort(bucket, kind="stable")
-        rows, bucket = rows[order], bucket[order]
-        touched, added = np.unique(bucket, return_counts=True)
+        place = np.sort(bucket << 32 | rows)
+        bucket, rows = place >> 32, place & 0xFFFFFFFF
+        touched, added = _runs(bucket)
         self._slot[rows] = _ranges(self._count[touched], added)
         self._reserve(touched, self._count[touched] + added)
         self._pool[self._start[bucket] + self._slot[rows]] = rows
@@ -256,6 +284,8 @@ class PotentialSampler:
 
     def _lists(self) -> np.ndarray:
         """All member lists, one after the other, uint32 [N]."""
+        if self.num_prompts < _SMALL:
+            return self._pool[_ranges(self._start, self._count)]
         return np.concatenate([self._pool[s : s + n] for s, n in zip(self._start, self._count, strict=True)])
 
     def _lay_out(self, counts: np.ndarray, lists: np.ndarray) -> None:
@@ -264,6 +294,9 @@ class PotentialSampler:
         self._room = counts + counts // 4
         self._start = np.cumsum(self._room) - self._room
         self._end = int(self._room.sum())
+        if self.num_prompts < _SMALL:
+            self._pool[_ranges(self._start, self._count)] = lists
+            return
         ends = np.cumsum(self._count)
         for bucket in np.flatnonzero(self._count):
             start, n, end = self._start[bucket], self._count[bucket], ends[bucket]
@@ -336,7 +369,24 @@ def _encode(potential: np.ndarray) -> np.ndarray:
 def _powers(code: np.ndarray) -> np.ndarray:
     """offset ** (0..ORDER), float64 [k, ORDER + 1]; offset in [-1, 1) from the bucket's centre."""
     offset = ((code & np.uint32(2**_SHIFT - 1)).astype(np.float64) - _HALF) / _HALF
-    return np.vander(offset, ORDER + 1, increasing=True)
+    powers = np.ones((len(code), ORDER + 1))
+    for k in range(ORDER):
+        np.multiply(powers[:, k], offset, out=powers[:, k + 1])
+    return powers
+
+
+def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct values of a sorted array that is not empty, and how often each occurs."""
+    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    return ordered[first], np.diff(first, append=len(ordered))
+
+
+@functools.lru_cache(maxsize=4)
+def _relative_weight(first: int, end: int, tau: float) -> np.ndarray:
+    """Weights at the centres of buckets first .. end - 1, that of the last one 1; read only."""
+    weight = np.exp((_CENTRE[first:end] - _CENTRE[end - 1]) / tau)
+    weight.flags.writeable = False
+    return weight
 
 
 def _ranges(start: np.ndarray, length: np.ndarray) -> np.ndarray:
