@@ -147,9 +147,11 @@ CONTROLS: dict[str, tuple[str, str]] = {  # control arm -> (arm, control)
     "random_grpo": ("grpo", "coin"),
     "random_wide": ("wide", "coin"),
     "random_wide_cures": ("wide_cures", "coin"),
+    "random_cures_wide": ("cures_wide", "coin"),
     "oracle_cures": ("cures_online", "oracle"),
     "oracle_wide_cures": ("wide_cures", "oracle"),
     "oracle_wide": ("wide", "oracle"),
+    "oracle_cures_wide": ("cures_wide", "oracle"),
 }
 HEADLINE = ("grpo", "rpp", "gvm", "dapo", "mopps", "cures", "wide", "wide_cures", "cures_wide")
 
