@@ -1,4 +1,4 @@
-"""RUN/ledger.png: beliefs by step (the paper's Fig. 3), rollouts against accuracy (Fig. 4), ESS and tau, beliefs now."""
+"""RUN/ledger.png: beliefs by step (the paper's Fig. 3), n against accuracy (Fig. 4), ESS and tau, beliefs now."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def draw_ledger(
     Raises:
         OSError: ``target`` cannot be written.
     """
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    figure = Figure(figsize=(12.5, 8), layout="tight")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
     (beliefs, allocation), (ess, current) = figure.subplots(2, 2)
@@ -71,10 +71,10 @@ def _allocation(axes: Axes, history: Sequence[dict[str, Any]]) -> None:
     if not len(n):
         return
     every = max(1, -(-len(n) // MOST_POINTS))
-    shifted = n + np.random.default_rng(0).uniform(-0.3, 0.3, len(n))  # integers would lie on each other
+    shift = np.random.default_rng(0).uniform(-1, 1, (2, len(n)))  # equal points would lie on each other
     norm = Normalize(step.min(), max(step.max(), step.min() + 1))
-    points = {"c": step[::every], "norm": norm, "cmap": "plasma", "s": 9, "alpha": 0.45, "linewidths": 0}
-    axes.scatter(p[::every], shifted[::every], **points)
+    x, y = (p + 0.006 * shift[0])[::every], (n + 0.3 * shift[1])[::every]
+    axes.scatter(x, y, s=9, c=step[::every], norm=norm, cmap="plasma", alpha=0.45, linewidths=0)
     place = np.minimum((p * 20).astype(int), 19)
     found = [i for i in range(20) if (place == i).sum() >= 3]
     axes.plot([(i + 0.5) / 20 for i in found], [n[place == i].mean() for i in found], color="black", label="mean n")
@@ -97,8 +97,9 @@ def _ess_and_tau(axes: Axes, history: Sequence[dict[str, Any]]) -> None:
         axes.plot(*zip(*useful, strict=True), color="#2ca02c", linewidth=1, alpha=0.7, label="useful groups (share)")
     if ess:
         axes.plot(*zip(*ess, strict=True), color="#1f77b4", label="ESS fraction")
-    axes.set_ylim(0, 1.05)
-    lines = axes.get_lines()
+    axes.set_ylim(0, 1.25)  # the legend is above the curves
+    axes.set_yticks(np.linspace(0, 1, 6))
+    lines = list(axes.get_lines())
     if tau:
         right = axes.twinx()
         lines = [*lines, *right.plot(*zip(*tau, strict=True), color="#ff7f0e", label="τ (right)")]
@@ -107,18 +108,18 @@ def _ess_and_tau(axes: Axes, history: Sequence[dict[str, Any]]) -> None:
         values = [v for _, v in tau]
         if max(values) > 30 * min(values):
             right.set_yscale("log")
+            right.set_ylim(min(values) / 2, max(values) * (max(values) / min(values)) ** 0.25)
         else:
-            right.set_ylim(0, 1.15 * max(values))
+            right.set_ylim(0, 1.35 * max(values))
     if lines:
-        axes.legend(lines, [line.get_label() for line in lines], fontsize=8, frameon=True, loc="lower left")
+        labels = [str(line.get_label()) for line in lines]
+        axes.legend(lines, labels, fontsize=8, frameon=True, loc="upper center", ncols=3)
 
 
-def _beliefs_now(
-    axes: Axes, history: Sequence[dict[str, Any]], now: tuple[np.ndarray, np.ndarray] | None
-) -> None:
+def _beliefs_now(axes: Axes, history: Sequence[dict[str, Any]], now: tuple[np.ndarray, np.ndarray] | None) -> None:
     axes.set(title="beliefs now", xlabel="believed accuracy", ylabel="prompts", xlim=(0, 1))
     axes.grid(alpha=0.3, axis="y")
-    bins = np.linspace(0, 1, 41)
+    bins = np.linspace(0, 1, 41).tolist()
     if now is not None:
         accuracy, visits = now
         seen = visits > 0

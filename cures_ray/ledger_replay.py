@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from scipy.special import betaln
 
 from cures_ray.batches import Batch, Round
 from cures_ray.config import Config, CurriculumConfig
@@ -50,15 +51,22 @@ class Drawn:
     role: str  # "train" | "pilot" | "screen"
     index: np.ndarray  # int64 [k] rows
     n: np.ndarray  # int64 [k] rollouts
-    p: np.ndarray  # float64 [k] accuracy believed before the draw
+    alpha: np.ndarray  # float64 [k] belief before the draw
+    beta: np.ndarray
     tau: float  # NaN: the method has none
     ess: float  # of rho*, in prompts; NaN likewise
 
+    @property
+    def p(self) -> np.ndarray:
+        """Posterior mean of the accuracy, float64 [k]."""
+        return self.alpha / (self.alpha + self.beta)
+
     def figures(self, actual: Drawn | None = None) -> dict[str, Any]:
         """One row of the table. ``useful``: expected share of rollouts in groups with both outcomes, 1 - p^n -
-        (1-p)^n at the posterior mean. ``overlap``: share of the prompts that the actual draw has too."""
+        (1-p)^n at the posterior mean; ``useful_posterior``: averaged over the posterior, which also counts how little
+        is known. ``overlap``: share of the prompts that the actual draw has too."""
         share = self.n / max(self.n.sum(), 1)
-        both = 1.0 - self.p**self.n - (1.0 - self.p) ** self.n
+        p = self.p
         figures = {
             "batch": self.batch,
             "role": self.role,
@@ -67,14 +75,22 @@ class Drawn:
             "ess": self.ess,
             "distinct_prompts": len(self.index),
             "max_n": int(self.n.max(initial=0)),
-            "mean_accuracy": float(share @ self.p),
-            "useful": float(share @ both),
-            "hard": float(share @ (self.p < 0.1)),
-            "easy": float(share @ (self.p > 0.9)),
+            "mean_accuracy": float(share @ p),
+            "useful": float(share @ (1.0 - p**self.n - (1.0 - p) ** self.n)),
+            "useful_posterior": float(share @ both_outcomes(self.alpha, self.beta, self.n)),
+            "hard": float(share @ (p < 0.1)),
+            "easy": float(share @ (p > 0.9)),
         }
         if actual is not None:
             figures["overlap"] = float(np.isin(self.index, actual.index).mean()) if len(self.index) else 0.0
         return figures
+
+
+def both_outcomes(alpha: np.ndarray, beta: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Probability that n rollouts of a prompt with p ~ Beta(alpha, beta) are neither all right nor all wrong [k]:
+    1 - E[p^n] - E[(1-p)^n], with E[p^n] = B(alpha + n, beta) / B(alpha, beta)."""
+    whole = betaln(alpha, beta)
+    return 1.0 - np.exp(betaln(alpha + n, beta) - whole) - np.exp(betaln(alpha, beta + n) - whole)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,9 +118,8 @@ class Replay:
             total[key] = float(np.mean(values)) if values else float("nan")
         total["distinct_prompts"] = len(np.unique(np.concatenate([d.index for d in drawn]))) if drawn else 0
         total["max_n"] = max((r["max_n"] for r in rows), default=0)
-        for key in ("mean_accuracy", "useful", "hard", "easy", "overlap"):
-            values = np.array([r[key] for r in rows], float)
-            total[key] = float(weight @ values / weight.sum()) if weight.sum() else 0.0
+        for key in ("mean_accuracy", "useful", "useful_posterior", "hard", "easy", "overlap"):
+            total[key] = float(weight @ [r[key] for r in rows] / weight.sum()) if weight.sum() else 0.0
         return total
 
 
@@ -119,9 +134,9 @@ def replay(run: Run, overrides: Sequence[Sequence[str]]) -> Replay:
     result = Replay(overrides=[list(words) for words in overrides], notes=_notes(run, overrides, configs))
     result.others = [[] for _ in configs]
     if not run.prompts.serve(run.config):
+        prior = run.config.curriculum.prior_from
         raise ConfigError(
-            f"{run.folder}: curriculum.prior_from = {run.config.curriculum.prior_from} needs the prompts to rebuild the "
-            f"beliefs: {run.prompts.note}"
+            f"{run.folder}: curriculum.prior_from = {prior} needs the prompts to rebuild beliefs; {run.prompts.note}"
         )
     history = {line["batch"]: line for line in run.history}
     with copied(run) as folder:
@@ -158,9 +173,8 @@ def alternative(run: Run, overrides: Sequence[str]) -> Config:
     """
     dotted = [word if "." in word.partition("=")[0] else f"curriculum.{word}" for word in overrides]
     keys = [word.partition("=")[0].strip() for word in dotted]
-    if run.config.curriculum.tau is not None and "curriculum.tau" not in keys:
-        if "curriculum.target_ess_fraction" in keys:  # a fixed tau would hide it
-            dotted.append("curriculum.tau=null")
+    if "curriculum.target_ess_fraction" in keys and "curriculum.tau" not in keys:  # a fixed tau would hide it
+        dotted.append("curriculum.tau=null")
     where = f"--replay {' '.join(overrides)}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
@@ -198,6 +212,8 @@ def _notes(run: Run, overrides: Sequence[Sequence[str]], configs: list[Config]) 
             notes.append(f"{name}: the run's tau = {old.tau} is dropped, tau is steered to the ESS")
         unused = [w for w in words if _unused(w.partition("=")[0].removeprefix("curriculum.").strip(), c)]
         notes += [f"{name}: {word} has no effect with method = {c.method}" for word in unused]
+        if c.method == "cures" and c.pilot_rollouts:
+            notes.append(f"{name}: batches that begin with pilots are answered by their pilots (marked)")
     several = {c.method for c in (old, *(config.curriculum for config in configs))} & MULTI_ROUND
     if several:
         notes.append(f"{', '.join(sorted(several))}: a batch has several rounds, only round 0 is answered and counted")
@@ -257,13 +273,15 @@ def _ask(pool: PromptPool, config: Config, batch: Batch, words: Sequence[str]) -
 def _drawn(pool: PromptPool, batch: Batch, planned: Round) -> Drawn:
     given = planned.n > 0
     index = planned.index[given]
+    alpha, beta = pool.belief.counts(index)
     nan = float("nan")
     return Drawn(
         batch=batch.number,
         role=planned.role,
         index=index,
         n=planned.n[given],
-        p=pool.belief.mean(index),
+        alpha=alpha,
+        beta=beta,
         tau=planned.metrics.get("tau", nan),
         ess=planned.metrics.get("ess", nan),
     )

@@ -30,8 +30,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--no-plot", action="store_true", help="do not write RUN/ledger.png")
     parser.add_argument(
-        *("--replay", "-r"),
-        **{"nargs": "+", "action": "append", "metavar": "key=value"},
+        "--replay",
+        nargs="+",
+        action="append",
+        metavar="key=value",
         help="what the run would have drawn with other curriculum keys: tau=0.05, or method=mopps "
         "rollouts_per_step=512; several --replay are several alternatives",
     )
@@ -81,8 +83,8 @@ def _report(args: argparse.Namespace) -> list[str]:
         _write_json(args.json, _as_json(run, curriculum, steps, lists, problem))
     if args.csv:
         _write_csv(args.csv / "steps.csv", steps)
-        groups = [{"step": h["batch"], "n": n, "accuracy": p} for h in run.history for n, p in zip(h["n"], h["p"])]
-        _write_csv(args.csv / "groups.csv", groups)
+        pairs = ((h["batch"], *pair) for h in run.history for pair in zip(h["n"], h["p"], strict=True))
+        _write_csv(args.csv / "groups.csv", ({"step": step, "n": n, "accuracy": p} for step, n, p in pairs))
         if curriculum is not None:
             seen = np.flatnonzero(curriculum.pool.belief.visits)
             _write_csv(args.csv / "prompts.csv", (prompt_row(run.prompts, curriculum, int(i)) for i in seen))

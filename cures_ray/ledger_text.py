@@ -47,11 +47,8 @@ def quantiles(histogram: Sequence[float], at: Sequence[float] = (0.1, 0.5, 0.9))
     if counts.sum() <= 0:
         return [float("nan")] * len(at)
     ends = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
-    rising = np.concatenate([[True], np.diff(ends) > 0])  # an empty bin gives no value
-    start = int(np.argmax(ends > 0)) - 1  # the left end of the first bin with values
-    rising[start] = True
-    places = np.linspace(0.0, 1.0, len(ends))
-    return [float(np.interp(q, ends[rising][ends[rising] >= ends[start]], places[rising])) for q in at]
+    bins = np.minimum(np.searchsorted(ends[1:], at), len(counts) - 1)
+    return ((bins + (np.asarray(at) - ends[bins]) / (ends[bins + 1] - ends[bins])) / len(counts)).tolist()
 
 
 def share(value: float) -> str:
@@ -101,16 +98,15 @@ def allocation_table(history: Sequence[dict[str, Any]]) -> str:
     n = np.array([v for line in history for v in line["n"]], float)
     p = np.array([v for line in history for v in line["p"]], float)
     place = np.minimum((p * 10).astype(int), 9)
-    rows = []
-    for i in range(10):
+    found = [i for i in range(10) if (place == i).any()]
+    means = {i: float(n[place == i].mean()) for i in found}
+    rows: list[list[Any]] = []
+    for i in found:
         here = n[place == i]
-        if len(here):
-            mean = float(here.mean())
-            rows.append([f"{i / 10:.1f} - {(i + 1) / 10:.1f}", len(here), mean, int(here.min()), int(here.max()), mean])
-    top = max((row[-1] for row in rows), default=1.0)
-    cells = [[*row[:-1], "█" * max(1, round(24 * row[-1] / top))] for row in rows]
+        bar = "█" * max(1, round(24 * means[i] / max(means.values())))
+        rows.append([f"{i / 10:.1f} - {(i + 1) / 10:.1f}", len(here), means[i], int(here.min()), int(here.max()), bar])
     title = "Rollouts against believed accuracy (groups as they were planned, all steps)"
-    return f"{title}\n{table(['accuracy', 'groups', 'mean n', 'min n', 'max n', ''], cells)}"
+    return f"{title}\n{table(['accuracy', 'groups', 'mean n', 'min n', 'max n', ''], rows)}"
 
 
 def prompts_table(title: str, prompts: Sequence[dict[str, Any]], width: int = 64) -> str:
@@ -136,11 +132,12 @@ REPLAY = {
     "max_n": "max n",
     "mean_accuracy": "accuracy",
     "useful": "useful",
+    "useful_posterior": "(Beta)",
     "hard": "p<0.1",
     "easy": "p>0.9",
     "overlap": "same prompts",
 }
-SHARES = ("useful", "hard", "easy", "overlap")
+SHARES = ("useful", "useful_posterior", "hard", "easy", "overlap")
 
 
 def replay_text(result: Replay, folder: object) -> str:
@@ -151,10 +148,11 @@ def replay_text(result: Replay, folder: object) -> str:
     first, last = result.actual[0].batch, result.actual[-1].batch
     parts = [
         f"{folder}: batches {first} to {last} replayed from the journal"
-        + (f" (older ones are not kept: curriculum.snapshot_every)" if first else "")
+        + (" (older ones are not kept: curriculum.snapshot_every)" if first else "")
         + f"; {result.agrees} of {result.compared} committed ones agree with the history\n"
-        "Every batch is drawn from the beliefs that the run had then, with its random numbers. accuracy, useful "
-        "(groups with both outcomes), p<0.1 and p>0.9 are by rollout, under those beliefs."
+        "Every batch is drawn from the beliefs that the run had then, with its random numbers. Shares of rollouts "
+        "under those beliefs:\nuseful: in groups with both outcomes, at the posterior mean, and averaged over the "
+        "posterior (Beta); p<0.1, p>0.9: on hard and easy prompts."
     ]
     if result.notes:
         parts.append("\n".join(f"note: {note}" for note in result.notes))

@@ -1,0 +1,335 @@
+"""`cures ledger`: a run's journal read back, also while it is written, and asked what else it would have drawn."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from cures_ray.data import curriculum_columns, load_prompts
+from cures_ray.journal import read
+from cures_ray.ledger import Ledger, generations, journal_path
+from cures_ray.ledger_picture import draw_ledger
+from cures_ray.ledger_read import PlainTokenizer, current, open_run
+from cures_ray.ledger_replay import both_outcomes, replay
+from cures_ray.ledger_report import main
+from cures_ray.ledger_text import bars, quantiles, some
+from cures_ray.messages import CommitReport, ConfigError, Discard
+from cures_ray.preflight import claim
+from tests.unit.fakes import small_config
+from tests.unit.test_ledger import CONFIGS, settlement, take
+
+
+def begin(folder, ids=None, **sections) -> Ledger:
+    """A run folder with 64 prompts and an open ledger."""
+    data = folder / "train.jsonl"
+    folder.mkdir()
+    rows = [{"prompt": f"question {i}", "answer": str(i), "level": i % 4} for i in range(64)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = {
+        "async_rl": {"max_staleness": 1},
+        "trainer": {"steps": 50},
+        "data": {"train": str(data)},
+        "model": {"path": str(folder / "no-model")},
+    }
+    config = small_config(**base | sections)
+    claim(folder, config)
+    own, levels, features = curriculum_columns(config, load_prompts(config.data, PlainTokenizer()))
+    return Ledger(folder / "ledger", config, own if ids is None else ids, levels, features)
+
+
+def work(ledger: Ledger, steps: int, drawn: dict | None = None) -> None:
+    """Batches up to ``steps``: rewards by level, some leases given back; ``drawn``: batch -> prompt -> n of round 0."""
+    rng = np.random.default_rng(0)
+    for step in range(ledger.curriculum.committed, steps):
+        while ledger.plan(step) is None:
+            leases = take(ledger, "g0", step)
+            for lease in leases:
+                if drawn is not None and lease.round == 0:
+                    drawn.setdefault(lease.batch, {})[lease.prompt_index] = lease.n
+            ledger.give_back([(x.lease_id, x.attempt) for x in leases[:2]], Discard.LOST)
+            leases = leases[2:] + take(ledger, "g1", step)
+            for i in rng.permutation(len(leases)):
+                right = rng.random(leases[i].n) < (0.05, 0.4, 0.6, 0.95)[leases[i].prompt_index % 4]
+                ledger.settle(settlement(leases[i], right))
+        trained = {e.lease.lease_id: int(e.keep.sum()) for e in ledger.plan(step).entries}
+        ledger.commit(CommitReport(batch=step, trained=trained, discarded={}))
+
+
+def damage(run, record: int) -> int:
+    """Flip a bit of a record; the offset of that record."""
+    path = journal_path(run / "ledger", max(generations(run / "ledger")))
+    offset = [end for end, _ in read(path)][record - 1]
+    data = bytearray(path.read_bytes())
+    data[offset + 20] ^= 1
+    path.write_bytes(data)
+    return offset
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+SEVERAL_ROUNDS = {
+    "gvm": {"curriculum": {"method": "gvm", "pilot_rollouts": 2}},
+    "dapo": {"curriculum": {"method": "dapo"}},
+}
+
+
+def with_snapshots(sections: dict, every: int) -> dict:
+    curriculum = small_config().curriculum.model_dump() | sections.get("curriculum", {}) | {"snapshot_every": every}
+    return {**sections, "curriculum": curriculum}
+
+
+# -- replay --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS | SEVERAL_ROUNDS)
+def test_the_same_configuration_draws_the_same_prompts_and_rollouts_in_every_batch(name, tmp_path):
+    drawn: dict = {}
+    ledger = begin(tmp_path / "run", **with_snapshots((CONFIGS | SEVERAL_ROUNDS)[name], 4))
+    work(ledger, 6, drawn)
+    result = replay(open_run(tmp_path / "run"), [["prompts_per_step=8"], ["n_max=16"]])
+    assert generations(tmp_path / "run/ledger") == [0, 1] and len(result.actual) == len(drawn) >= 6
+    assert (result.agrees, result.problems) == (result.compared, []) and result.compared == 6
+    for side in (result.actual, *result.others):
+        again = {d.batch: dict(zip(d.index.tolist(), d.n.tolist(), strict=True)) for d in side}
+        assert again == drawn
+    assert result.totals(result.others[0])["overlap"] == 1.0
+
+
+def test_a_lower_tau_lowers_the_ess_and_draws_prompts_nearer_to_one_half(tmp_path):
+    work(begin(tmp_path / "run"), 12)
+    result = replay(open_run(tmp_path / "run"), [["tau=0.01"], ["tau=10"], ["target_ess_fraction=0.1"]])
+    low, high, steered = (result.totals(drawn) for drawn in result.others)
+    own = result.totals(result.actual)
+    assert low["ess"] < own["ess"] < high["ess"] and high["ess"] > 63
+    assert low["tau"] == pytest.approx(0.01) and high["tau"] == pytest.approx(10)
+    assert low["useful_posterior"] > high["useful_posterior"]
+    assert steered["ess"] < own["ess"]
+    assert low["rollouts"] == high["rollouts"] == own["rollouts"]
+
+
+def test_other_methods_and_n_are_answered_from_the_same_beliefs(tmp_path):
+    work(begin(tmp_path / "run"), 6)
+    words = [
+        ["method=mopps", "rollouts_per_step=64"],
+        ["method=uniform"],
+        ["method=uniform", "draw=epoch"],
+        ["method=dapo"],
+    ]
+    result = replay(open_run(tmp_path / "run"), words)
+    mopps, uniform, epoch, _ = result.others
+    assert all(d.n.sum() == 64 for d in mopps) and all(d.n.sum() == 32 for d in uniform)
+    assert all(np.isnan(d.tau) for d in mopps)
+    assert len(np.unique(np.concatenate([d.index for d in epoch]))) == 8 * len(epoch), "an epoch repeats no prompt"
+    assert any("only round 0" in note for note in result.notes)
+
+
+def test_a_replay_leaves_the_original_course_as_it_was(tmp_path):
+    work(begin(tmp_path / "run"), 6)
+    run = open_run(tmp_path / "run")
+    plain, asked = (
+        replay(run, words) for words in ([], [["tau=0.01"], ["method=mopps"], ["method=gvm", "pilot_rollouts=2"]])
+    )
+    for one, other in zip(plain.actual, asked.actual, strict=True):
+        assert np.array_equal(one.index, other.index) and np.array_equal(one.n, other.n)
+
+
+def test_a_fixed_tau_gives_way_to_a_target_ess(tmp_path):
+    curriculum = small_config().curriculum.model_dump() | {"tau": 0.2}
+    work(begin(tmp_path / "run", curriculum=curriculum), 4)
+    result = replay(open_run(tmp_path / "run"), [["target_ess_fraction=0.2"]])
+    assert all(d.tau == pytest.approx(0.2) for d in result.actual)
+    assert any("tau = 0.2 is dropped" in note for note in result.notes)
+    assert result.others[0][-1].tau != pytest.approx(0.2)
+
+
+def test_only_the_kept_generations_are_answered_and_the_report_says_from_where_on(tmp_path, capsys):
+    work(begin(tmp_path / "run", **with_snapshots({}, 3)), 11)
+    assert main([str(tmp_path / "run"), "--replay", "tau=0.05"]) == 0
+    out = capsys.readouterr().out
+    assert "batches 6 to 11" in out and "snapshot_every" in out and "5 of 5 committed ones agree" in out
+
+
+def test_a_history_that_the_journal_does_not_reproduce_is_told(tmp_path):
+    work(begin(tmp_path / "run"), 4)
+    path = tmp_path / "run/ledger/history.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[2]["n"][0] += 1
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = replay(open_run(tmp_path / "run"), [["tau=0.05"]])
+    assert (result.agrees, result.compared) == (3, 4) and "not exact" in result.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["tua=0.05"], r"did you mean curriculum\.tau\?"),
+        (["learning_rate=1"], r"learner\.lr"),
+        (["tau"], r"write section\.key=value"),
+        (["tau=-1"], r"curriculum\.tau = -1"),
+        (["method=moops"], r"curriculum\.method"),
+        (["prompts_per_step=1000"], "1000 x 2 = 2000 rollouts is more than rollouts_per_step = 32"),
+        (["learner.lr=0.1"], "does not change what is drawn"),
+        (["discount=0.5"], "shapes the beliefs"),
+        (["sigma=last_layer"], "gradient statistics"),
+        (["tau=1e-9"], "tau must be in"),
+    ],
+)
+def test_overrides_that_cannot_be_answered_are_explained(words, hint, tmp_path):
+    work(begin(tmp_path / "run"), 2)
+    with pytest.raises(ConfigError, match=hint) as caught:
+        main([str(tmp_path / "run"), "--replay", *words])
+    assert "--replay" in str(caught.value) or "override" in str(caught.value)
+
+
+def test_a_group_is_useful_with_the_probability_that_simulation_finds():
+    rng = np.random.default_rng(0)
+    alpha, beta, n = np.array([1.0, 3.0, 0.5]), np.array([1.0, 9.0, 4.0]), np.array([4, 8, 1])
+    right = rng.binomial(n, rng.beta(alpha, beta, (400_000, 3)))
+    assert both_outcomes(alpha, beta, n) == pytest.approx(((right > 0) & (right < n)).mean(0), abs=3e-3)
+
+
+# -- report --------------------------------------------------------------------------------------------
+
+
+def test_the_report_shows_steps_allocation_prompts_and_writes_picture_csv_and_json(tmp_path, capsys):
+    ledger = begin(tmp_path / "run")
+    work(ledger, 5)
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert main([str(run), "--top", "3", "--csv", str(out), "--json", str(out / "all.json")]) == 0
+    text = capsys.readouterr().out
+    assert ledger.curriculum.accounting.line() in text
+    belief = ledger.curriculum.pool.belief
+    hardest = min(np.flatnonzero(belief.visits), key=lambda i: belief.mean([i])[0])
+    name = f"{int(ledger.curriculum.prompt_ids[hardest]):016x}"
+    assert name in text and f"question {hardest}" in text
+    assert (run / "ledger.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((out / "all.json").read_text())
+    assert len(report["steps"]) == 5 and report["hardest"][0]["prompt"] == name and report["problem"] is None
+    assert report["accounting"]["planned"] == ledger.curriculum.accounting.planned
+    with (out / "prompts.csv").open() as file:
+        prompts = list(csv.DictReader(file))
+    assert sum(int(p["visits"]) for p in prompts) == belief.visits.sum()
+    with (out / "groups.csv").open() as file:
+        assert sum(int(g["n"]) for g in csv.DictReader(file)) == 5 * 32
+
+
+def test_a_live_run_is_read_up_to_its_last_whole_record_and_its_files_stay_as_they_are(tmp_path, capsys):
+    ledger = begin(tmp_path / "run")
+    work(ledger, 3)
+    take(ledger, "g0", 3)
+    expected = ledger.curriculum.accounting.line()
+    for path, torn in (("history.jsonl", b'{"batch": 3, "pla'), ("journal-000000.log", b'0badc0de ["settle",1')):
+        with (tmp_path / "run/ledger" / path).open("ab") as file:
+            file.write(torn)
+    before = contents(tmp_path / "run")
+    assert main([str(tmp_path / "run"), "--no-plot"]) == 0
+    out = capsys.readouterr().out
+    assert expected in out and "batches in progress: 3, 4" in out and "3 of 50 steps" in out
+    assert main([str(tmp_path / "run"), "--replay", "tau=0.05"]) == 0
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_run_without_a_committed_batch_has_a_report(tmp_path, capsys):
+    ledger = begin(tmp_path / "run")
+    assert main([str(tmp_path / "run")]) == 0 and "no batch is committed yet" in capsys.readouterr().out
+    assert main([str(tmp_path / "run"), "--replay", "tau=1"]) == 0 and "nothing to replay" in capsys.readouterr().out
+    ledger.close()
+
+
+def test_a_damaged_journal_is_named_with_its_offset_and_the_history_is_still_shown(tmp_path, capsys):
+    work(begin(tmp_path / "run"), 6)
+    offset = damage(tmp_path / "run", 40)
+    with pytest.raises(ConfigError, match=f"run/ledger/journal-000000.log is damaged at byte {offset}"):
+        main([str(tmp_path / "run"), "--json", str(tmp_path / "r.json")])
+    assert "Beliefs and draws by step" in capsys.readouterr().out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert len(report["steps"]) == 6 and str(offset) in report["problem"]
+    with pytest.raises(ConfigError, match=f"damaged at byte {offset}"):
+        main([str(tmp_path / "run"), "--replay", "tau=0.05"])
+    assert "batches 0 to" in capsys.readouterr().out, "what came before the damage is answered"
+
+
+def test_a_replay_goes_on_with_the_next_snapshot_behind_a_damaged_journal(tmp_path):
+    work(begin(tmp_path / "run", **with_snapshots({}, 4)), 6)
+    path = journal_path(tmp_path / "run/ledger", 0)
+    data = bytearray(path.read_bytes())
+    data[[end for end, _ in read(path)][3] + 20] ^= 1
+    path.write_bytes(data)
+    result = replay(open_run(tmp_path / "run"), [["tau=0.05"]])
+    assert result.problems and result.actual[0].batch == 0 and result.actual[-1].batch == 5
+    assert result.agrees == result.compared == 2
+
+
+def test_a_damaged_snapshot_is_named_and_the_history_is_still_shown(tmp_path, capsys):
+    work(begin(tmp_path / "run", **with_snapshots({}, 2)), 4)
+    (tmp_path / "run/ledger/snapshot-000002/pool.belief.alpha.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(ConfigError, match=r"run/ledger/snapshot-000002/pool.belief.alpha.npy is missing or not"):
+        main([str(tmp_path / "run"), "--no-plot"])
+    assert "Beliefs and draws by step" in capsys.readouterr().out
+
+
+def test_a_journal_of_another_configuration_is_refused_with_the_record(tmp_path):
+    work(begin(tmp_path / "run"), 4)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    record["config"]["curriculum"]["prompts_per_step"] = 4
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    _, problem = current(open_run(tmp_path / "run"))
+    assert "cannot be applied" in problem and "another configuration" in problem
+
+
+def test_without_the_data_prompts_are_named_by_row_and_the_report_says_why(tmp_path, capsys):
+    work(begin(tmp_path / "run"), 3)
+    (tmp_path / "run/train.jsonl").unlink()
+    assert main([str(tmp_path / "run"), "--no-plot"]) == 0
+    out = capsys.readouterr().out
+    assert "named by their row only" in out and "does not exist" in out and "\nrow " in out
+
+
+def test_without_the_tokenizer_texts_are_matched_by_row(tmp_path, capsys):
+    work(begin(tmp_path / "run", ids=np.arange(1, 65, dtype=np.uint64)), 3)  # as by a template that is not there
+    assert main([str(tmp_path / "run"), "--no-plot"]) == 0
+    out = capsys.readouterr().out
+    assert "the ids are unknown" in out and "question" in out and "\nrow " in out
+
+
+def test_priors_that_need_the_data_are_not_guessed_without_it(tmp_path, capsys):
+    work(begin(tmp_path / "run", **CONFIGS["predictor"]), 3)
+    (tmp_path / "run/train.jsonl").unlink()
+    with pytest.raises(ConfigError, match="prior_from = predictor needs the prompts"):
+        main([str(tmp_path / "run"), "--replay", "n_max=8"])
+    with pytest.raises(ConfigError, match="those of the last snapshot"):
+        main([str(tmp_path / "run"), "--no-plot"])
+    assert "Beliefs and draws by step" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_run_or_has_no_ledger_yet_is_explained(tmp_path):
+    with pytest.raises(ConfigError, match=r"no run\.json; pass the run's checkpoint\.dir"):
+        main([str(tmp_path / "absent")])
+    claim(tmp_path / "new", small_config(model={"path": "m"}, data={"train": "d"}))
+    with pytest.raises(ConfigError, match="has no ledger yet"):
+        main([str(tmp_path / "new")])
+    (tmp_path / "new/run.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"run\.json cannot be read"):
+        main([str(tmp_path / "new")])
+
+
+def test_a_picture_is_drawn_of_any_history(tmp_path):
+    work(begin(tmp_path / "run", curriculum=small_config().curriculum.model_dump() | {"method": "mopps"}), 2)
+    history = open_run(tmp_path / "run").history
+    for number, lines in enumerate(([], history[:1], history)):
+        target = draw_ledger(lines, tmp_path / f"{number}.png", "title")
+        assert target.read_bytes().startswith(b"\x89PNG")
+
+
+def test_quantiles_and_bars_describe_a_histogram():
+    assert quantiles([0, 0, 10, 0]) == pytest.approx([0.525, 0.625, 0.725])
+    assert quantiles([5, 0, 0, 5], (0.5, 0.75)) == pytest.approx([0.25, 0.875])
+    values = np.random.default_rng(0).beta(2, 5, 100_000)
+    counts, _ = np.histogram(values, 20, (0, 1))
+    assert quantiles(counts) == pytest.approx(np.quantile(values, (0.1, 0.5, 0.9)), abs=0.01)
+    assert np.isnan(quantiles([0, 0])).all()
+    assert bars([0, 1, 1000]) == " ▁█" and bars([]) == ""
+    assert some(range(100), 5) == [0, 25, 50, 74, 99]
