@@ -1,4 +1,4 @@
-"""One small Ray per test module. Processes are made ready to find this checkout's packages."""
+"""One small Ray per test module, with logical GPUs. Processes are made ready to find this checkout's packages."""
 
 import os
 from pathlib import Path
@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def ray_session():
     ray.init(
         num_cpus=4,
+        num_gpus=2,  # logical: this host may have none
         include_dashboard=False,
         object_store_memory=200 << 20,
         log_to_driver=False,

@@ -18,9 +18,9 @@ from transformers import (
 CHARACTERS = string.ascii_letters[:26] + string.digits + " +-*/=()[]{}.,:;?!\\\n"
 
 
-def write_tiny_model(folder: Path, *, seed: int = 0, tied: bool = True) -> Path:
-    """Write a Hugging Face folder: a Qwen2 with tied embeddings, or a Llama without. The weights are large, so
-    that the distributions over tokens are far from uniform and a wrong weight shows."""
+def write_tiny_model(folder: Path, *, seed: int = 0, tied: bool = True, scale: float = 0.5) -> Path:
+    """Write a Hugging Face folder: a Qwen2 with tied embeddings, or a Llama without. ``scale`` of the weights: large
+    ones make distributions over tokens far from uniform, so that a wrong weight shows."""
     tokens = ["<pad>", "<eos>", "<bos>", *CHARACTERS]
     characters = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<pad>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -40,7 +40,7 @@ def write_tiny_model(folder: Path, *, seed: int = 0, tied: bool = True) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
-        initializer_range=0.5,
+        initializer_range=scale,
         eos_token_id=1,
         bos_token_id=2,
         pad_token_id=0,
