@@ -1,0 +1,61 @@
+"""``cures bench plateau``: a base model that has been trained already, for the question what a curriculum does then.
+
+The folder has the form of a base model's (model, train.jsonl, eval.jsonl, summary.json): pass its parent as ``--bases``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from benchmarks.arms import arm_config
+from benchmarks.cell import Spec, ensure_base
+from benchmarks.convergence import BASES_FOLDER
+
+
+def main(argv: list[str]) -> int:
+    p = argparse.ArgumentParser(prog="cures bench plateau", description="Train base models to a plateau, in process.")
+    p.add_argument("--arm", default="cures_wide", help="how they are trained")
+    p.add_argument("--seeds", default="0,1,2")
+    p.add_argument("--budget-rollouts", type=int, default=51_200)
+    p.add_argument("--task", choices=["chain", "program"], default="chain")
+    p.add_argument("--variant", choices=["N", "T"], default="T")
+    p.add_argument("--bases", type=Path, default=BASES_FOLDER)
+    p.add_argument("--out", type=Path, default=Path("runs/bench/plateau"))
+    args = p.parse_args(argv)
+    for seed in map(int, args.seeds.split(",")):
+        name = f"{args.task}-{args.variant}-{seed}"
+        if not (args.out / name / "summary.json").exists():
+            train(args.arm, args.task, args.variant, seed, args.budget_rollouts, args.bases / name, args.out / name)
+    return 0
+
+
+def train(arm: str, task: str, variant: str, seed: int, budget: int, base: Path, out: Path) -> None:
+    """Train the base model ``base`` (made where it lacks) and leave the result in ``out``."""
+    import torch
+
+    from benchmarks.inprocess import run_in_process
+    from cures_ray.preflight import prepare_inputs
+
+    torch.set_num_threads(1)
+    spec = Spec(
+        label=arm, seed=seed, engine="inprocess", task=task, variant=variant, budget=budget, extra={}, base=str(base)
+    )
+    ensure_base(spec)
+    extra = {"rollout.max_concurrent_rollouts": 1024}
+    config = arm_config(
+        arm, task=task, variant=variant, seed=seed, budget=budget, base=str(base), run_dir=str(out), extra=extra
+    )
+    run = run_in_process(config, prepare_inputs(config, claim_run_dir=False, test_verifier=False), task)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(base / "model", out / "model", dirs_exist_ok=True)  # the tokenizer's files
+    run.learner.policy.lm.save_pretrained(out / "model")
+    for name in ("train.jsonl", "eval.jsonl"):
+        shutil.copy(base / name, out / name)
+    curve = [round(m.get("eval/expected_accuracy", m["eval/greedy_accuracy"]), 4) for _, m in run.evaluations]
+    (out / "summary.json").write_text(
+        json.dumps({"arm": arm, "budget": budget, "base": str(base), "curve": curve}) + "\n"
+    )
+    print(f"{out}: accuracy {curve[0]:.3f} -> {curve[-1]:.3f}", flush=True)
