@@ -1,6 +1,6 @@
 """``cures bench plateau``: a base model that has been trained already, for the question what a curriculum does then.
 
-The folder has the form of a base model's (model, train.jsonl, eval.jsonl, summary.json): pass its parent as ``--bases``.
+The folder is like that of a base model (model, train.jsonl, eval.jsonl, summary.json): pass its parent as ``--bases``.
 """
 
 from __future__ import annotations
