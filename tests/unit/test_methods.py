@@ -197,7 +197,8 @@ def test_thompson_draws_differ_from_those_of_the_mean_and_explore():
         Run(np.zeros(60), tau=0.02, belief="none", belief_draw="thompson"),
     )
     plans = [(mean.step(), thompson.step()) for _ in range(6)]
-    assert [by_prompt(a) for a, _ in plans] != [by_prompt(b) for _, b in plans]
+    first, explored = plans[0]  # nothing is known: the means are alike, samples of the posterior are not
+    assert first.metrics["ess_fraction"] == pytest.approx(1) and explored.metrics["ess_fraction"] < 0.7
     # the same state draws anew in each batch, but the same from the same state
     again = Run(np.zeros(60), tau=0.02, belief="none", belief_draw="thompson")
     assert [by_prompt(again.step()) for _ in range(6)] == [by_prompt(b) for _, b in plans]
