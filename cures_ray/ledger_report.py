@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,23 +62,19 @@ def _report(args: argparse.Namespace) -> list[str]:
     except ConfigError as error:
         problem = str(error)
     steps = [step_row(line) for line in run.history]
-    print(heading(run.config, run.folder, len(steps)))
-    print(accounting_line(run, curriculum))
+    parts = [f"{heading(run.config, run.folder, len(steps))}\n{accounting_line(run, curriculum)}"]
     if run.prompts.note:
-        print(f"note: {run.prompts.note}")
-    if steps:
-        print(f"\n{steps_table(steps)}\n\n{allocation_table(run.history)}")
-    else:
-        print("\nno batch is committed yet")
+        parts.append(f"note: {run.prompts.note}")
+    parts += [steps_table(steps), allocation_table(run.history)] if steps else ["no batch is committed yet"]
     lists: dict[str, list[dict[str, Any]]] = {}
     now = None
     if curriculum is not None:
         belief = curriculum.pool.belief
         lists = top_prompts(run.prompts, curriculum, args.top)
+        parts.append(prompts_table("Hardest prompts (seen at least once)", lists["hardest"]))
+        parts.append(prompts_table("Most visited prompts", lists["most_visited"]))
         unseen = int((belief.visits == 0).sum())
-        print(f"\n{prompts_table('Hardest prompts (seen at least once)', lists['hardest'])}")
-        print(f"\n{prompts_table('Most visited prompts', lists['most_visited'])}")
-        print(f"\n{run.prompts.count - unseen} of {run.prompts.count} prompts seen, {unseen} never")
+        parts.append(f"{run.prompts.count - unseen} of {run.prompts.count} prompts seen, {unseen} never")
         every = max(1, -(-run.prompts.count // PICTURED))
         now = (belief.mean()[::every], belief.visits[::every])
     if args.json:
@@ -89,18 +87,19 @@ def _report(args: argparse.Namespace) -> list[str]:
             seen = np.flatnonzero(curriculum.pool.belief.visits)
             _write_csv(args.csv / "prompts.csv", (prompt_row(run.prompts, curriculum, int(i)) for i in seen))
     if not args.no_plot:
-        _plot(run, now)
+        parts.append(_plot(run, now))
+    _print("\n\n".join(parts))
     return [problem] if problem else []
 
 
-def _plot(run: Run, now: tuple[np.ndarray, np.ndarray] | None) -> None:
+def _plot(run: Run, now: tuple[np.ndarray, np.ndarray] | None) -> str:
     from cures_ray.ledger_picture import draw_ledger
 
     title = f"{run.folder}: {run.config.curriculum.method}, {len(run.history)} steps, {run.prompts.count:,} prompts"
     try:
-        print(f"\npicture: {draw_ledger(run.history, run.folder / 'ledger.png', title, now)}")
+        return f"picture: {draw_ledger(run.history, run.folder / 'ledger.png', title, now)}"
     except OSError as error:
-        print(f"\nno picture: {error}")
+        return f"no picture: {error}"
 
 
 def step_row(line: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +179,6 @@ def _as_json(
 def _replay(args: argparse.Namespace) -> list[str]:
     run = open_run(args.run, names=args.csv is not None)
     result = replay(run, args.replay)
-    print(replay_text(result, run.folder))
     sides = [("the run", result.actual), *zip(result.names(), result.others, strict=True)]
     rows = [
         {"configuration": name, **d.figures(a)}
@@ -198,6 +196,7 @@ def _replay(args: argparse.Namespace) -> list[str]:
             for i, n, p in zip(d.index, d.n, d.p.tolist(), strict=True)
         )
         _write_csv(args.csv / "draws.csv", draws)
+    _print(replay_text(result, run.folder))
     return result.problems
 
 
@@ -212,6 +211,14 @@ def _replay_json(run: Run, result: Replay, rows: list[dict[str, Any]]) -> dict[s
         "totals": [{"configuration": name, **result.totals(drawn)} for name, drawn in sides.items()],
         "batches": rows,
     }
+
+
+def _print(text: str) -> None:
+    """To a reader that may have seen enough (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # -- files ---------------------------------------------------------------------------------------------
