@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from fakes import small_config
+from test_ledger import CONFIGS, settlement, take
 
 from cures_ray.data import curriculum_columns, load_prompts
 from cures_ray.journal import read
@@ -16,8 +18,6 @@ from cures_ray.ledger_report import main
 from cures_ray.ledger_text import bars, quantiles, some
 from cures_ray.messages import CommitReport, ConfigError, Discard
 from cures_ray.preflight import claim
-from tests.unit.fakes import small_config
-from tests.unit.test_ledger import CONFIGS, settlement, take
 
 
 def begin(folder, ids=None, **sections) -> Ledger:
