@@ -105,7 +105,7 @@ def allocation_table(history: Sequence[dict[str, Any]]) -> str:
         here = n[place == i]
         bar = "█" * max(1, round(24 * means[i] / max(means.values())))
         rows.append([f"{i / 10:.1f} - {(i + 1) / 10:.1f}", len(here), means[i], int(here.min()), int(here.max()), bar])
-    title = "Rollouts against believed accuracy (groups as they were planned, all steps)"
+    title = "Rollouts against believed accuracy (groups as they were planned, at most 512 a step)"
     return f"{title}\n{table(['accuracy', 'groups', 'mean n', 'min n', 'max n', ''], rows)}"
 
 
