@@ -83,11 +83,11 @@ class PotentialSampler:
         lists = np.argsort(bucket, kind="stable")
         self._slot = np.empty(n, np.uint32)  # place in the bucket's list
         self._slot[lists] = _ranges(np.zeros(BUCKETS, np.int64), self._count)
-        self._moments = np.zeros((BUCKETS, ORDER + 1))  # sum of offset^k, offset in [-1, 1)
+        self._moments = np.zeros((ORDER + 1, BUCKETS))  # row k: sum of offset^k, offset in [-1, 1)
         for i in range(0, n, _CHUNK):
             powers = _powers(self._code[i : i + _CHUNK])
             for k in range(ORDER + 1):
-                self._moments[:, k] += np.bincount(bucket[i : i + _CHUNK], powers[:, k], BUCKETS)
+                self._moments[k] += np.bincount(bucket[i : i + _CHUNK], powers[k], BUCKETS)
         self._pool = np.empty(2 * n + 8, np.uint32)  # all member lists, with room to grow
         self._lay_out(self._count, lists)
         self._tau = 0.0  # last solution of solve_tau; 0: none yet
@@ -115,16 +115,16 @@ class PotentialSampler:
         before = self._code[rows]
         self._code[rows] = code
         source, target = (before >> _SHIFT).astype(np.int64), (code >> _SHIFT).astype(np.int64)
-        flat = np.r_[source, target][:, None] * (ORDER + 1) + np.arange(ORDER + 1)
-        powers = _powers(np.r_[before, code])
-        powers[: len(before)] *= -1
-        np.add.at(self._moments.ravel(), flat.ravel(), powers.ravel())
+        powers = _powers(np.concatenate([before, code]))
+        powers[:, : len(before)] *= -1
+        flat = np.concatenate([source, target]) + BUCKETS * np.arange(ORDER + 1)[:, None]
+        np.add.at(self._moments.reshape(-1), flat.reshape(-1), powers.reshape(-1))
         moved = source != target
         if moved.any():
             self._remove(rows[moved], source[moved])
             self._insert(rows[moved], target[moved])
             empty = source[self._count[source] == 0]
-            self._moments[empty] = 0.0
+            self._moments[:, empty] = 0.0
 
     def draw(self, m: int, rng: np.random.Generator, tau: float) -> Draw:
         """m i.i.d. draws from rho*; all randomness comes from ``rng``. ``tau`` in [TAU_MIN, TAU_MAX]."""
@@ -217,9 +217,9 @@ class PotentialSampler:
                 raise ValueError(f"sampler state has {len(state[name])} prompts, this sampler {self.num_prompts}")
         self._code = np.require(state["code"], np.uint32, "W")
         self._slot = np.require(state["slot"], np.uint32, "W")
-        self._moments = np.require(state["moments"], np.float64, "W").reshape(BUCKETS, ORDER + 1)
+        self._moments = np.require(state["moments"], np.float64, ["C", "W"]).reshape(ORDER + 1, BUCKETS)
         self._tau = float(state["tau"])
-        self._count = np.rint(self._moments[:, 0]).astype(np.int64)
+        self._count = np.rint(self._moments[0]).astype(np.int64)
         self._lay_out(self._count, state["lists"])
 
     def _span(self, tau: float) -> slice:
@@ -232,12 +232,11 @@ class PotentialSampler:
     def _sums(self, tau: float) -> tuple[float, float]:
         """(log of the normaliser, ESS) from the power sums."""
         span = self._span(tau)
-        order = np.arange(ORDER + 1)
         ratio = _HALF * _UNIT / tau
-        series = np.stack([ratio**order, (2 * ratio) ** order], 1) / _FACTORIAL[:, None]
+        series = np.array([[ratio], [2 * ratio]]) ** np.arange(ORDER + 1) / _FACTORIAL
         scale = _relative_weight(span.start, span.stop, tau)
-        sums = self._moments[span] @ series
-        z, z_sq = float(scale @ sums[:, 0]), float(scale**2 @ sums[:, 1])
+        sums = series @ self._moments[:, span]
+        z, z_sq = float(scale @ sums[0]), float(scale**2 @ sums[1])
         return math.log(z) + float(_CENTRE[span.stop - 1] - 0.5) / tau, min(max(z * z / z_sq, 1.0), self.num_prompts)
 
     def _remove(self, rows: np.ndarray, bucket: np.ndarray) -> None:
@@ -354,9 +353,12 @@ def _uniform(rows: np.ndarray, n: int) -> Draw:
 
 def _merge(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct rows in the order first drawn, and how often each was drawn."""
-    distinct, first, count = np.unique(rows, return_index=True, return_counts=True)
-    order = np.argsort(first)
-    return distinct[order], count[order].astype(np.int64)
+    if not len(rows):
+        return rows, rows.copy()
+    place = np.sort(rows << 31 | np.arange(len(rows)))  # by row, then turn; rows have 32 bits
+    distinct, count = _runs(place >> 31)
+    order = np.argsort(place[np.cumsum(count) - count] & 0x7FFFFFFF)
+    return distinct[order], count[order]
 
 
 def _encode(potential: np.ndarray) -> np.ndarray:
@@ -367,18 +369,19 @@ def _encode(potential: np.ndarray) -> np.ndarray:
 
 
 def _powers(code: np.ndarray) -> np.ndarray:
-    """offset ** (0..ORDER), float64 [k, ORDER + 1]; offset in [-1, 1) from the bucket's centre."""
+    """offset ** (0..ORDER), float64 [ORDER + 1, k]; offset in [-1, 1) from the bucket's centre."""
     offset = ((code & np.uint32(2**_SHIFT - 1)).astype(np.float64) - _HALF) / _HALF
-    powers = np.ones((len(code), ORDER + 1))
+    powers = np.ones((ORDER + 1, len(code)))
     for k in range(ORDER):
-        np.multiply(powers[:, k], offset, out=powers[:, k + 1])
+        np.multiply(powers[k], offset, out=powers[k + 1])
     return powers
 
 
 def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct values of a sorted array that is not empty, and how often each occurs."""
-    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    return ordered[first], np.diff(first, append=len(ordered))
+    edges = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+    edges = np.concatenate([[0], edges, [len(ordered)]])
+    return ordered[edges[:-1]], edges[1:] - edges[:-1]
 
 
 @functools.lru_cache(maxsize=4)
