@@ -115,15 +115,19 @@ class Batch:
 
 def batch_metrics(batch: Batch) -> dict[str, float]:
     """Outcomes of a batch: rewards, and the share of prompts from which anything can be learned."""
-    means = np.array([float(h.rewards[h.valid].mean()) for h in batch.leases if h.valid.any()])
-    n = np.array([h.lease.n for h in batch.leases], np.float64)
-    valid = sum(int(h.valid.sum()) for h in batch.leases)
+    n = np.array([h.lease.n for h in batch.leases], np.int64)
+    lease = np.repeat(np.arange(len(n)), n)
+    valid = np.concatenate([h.valid for h in batch.leases] or [np.zeros(0, bool)])
+    rewards = np.concatenate([h.rewards for h in batch.leases] or [np.zeros(0)])
+    known = np.bincount(lease[valid], minlength=len(n))
+    sums = np.bincount(lease[valid], rewards[valid], len(n))
+    means = sums[known > 0] / known[known > 0]
     return {
         "rounds": float(batch.rounds),
         "leases": float(len(n)),
         "useful": float(((means > 0) & (means < 1)).mean()) if len(means) else 0.0,
         "prompt_reward": float(means.mean()) if len(means) else 0.0,
-        "fault_fraction": 1.0 - valid / max(float(n.sum()), 1.0),
+        "fault_fraction": 1.0 - float(valid.sum()) / max(float(n.sum()), 1.0),
     }
 
 
