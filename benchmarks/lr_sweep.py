@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
         from benchmarks.results_file import write_result
 
         figures = {f"{row['arm']}/best_lr": row["lr"] for row in rows if row["best"]}
-        write_result(args.name, figures, rows, command="cures bench sweep " + shlex.join(argv))
+        path = write_result(args.name, figures, rows, command="cures bench sweep " + shlex.join(argv))
+        path.with_suffix(".md").write_text(text)
     return 1 if any(r["status"] != "done" for r in records) else 0
 
 
