@@ -54,9 +54,9 @@ class CurriculumConfig(Section):
     draw: Literal["with_replacement", "epoch"] = "with_replacement"  # "epoch" only with uniform sampling
     prompts_per_step: int = Field(32, ge=1)  # m
     rollouts_per_step: int = Field(256, ge=1)  # N
-    n_min: int = Field(2, ge=0)
+    n_min: int = Field(2, ge=1)
     n_max: int = Field(32, ge=1)
-    tau: float | None = Field(None, gt=0)  # fixed temperature; None: steered to target_ess_fraction
+    tau: float | None = Field(None, ge=1e-4, le=1e4)  # fixed temperature; None: steered to target_ess_fraction
     target_ess_fraction: float = Field(0.5, gt=0, le=1)
     importance_weight_power: float = Field(0.0, ge=0, le=1)  # kappa
     sigma: Literal["bernoulli", "last_layer"] = "bernoulli"

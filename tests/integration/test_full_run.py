@@ -7,6 +7,7 @@ import threading
 import time
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -20,7 +21,7 @@ from cures_ray.checkpoint import CheckpointStore, step_of
 from cures_ray.config import Config
 from cures_ray.messages import ConfigError
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +62,9 @@ def kill_a_generator_when(run_dir, step: int) -> threading.Thread:
     def work():
         while not any(r.get("step", 0) >= step and "rollout/reward" in r for r in _safely(run_dir)):
             time.sleep(0.1)
-        from ray.util.state import list_actors
-
-        actors = [a for a in list_actors(filters=[("state", "=", "ALIVE")]) if a.class_name == "GeneratorActor"]
-        os.kill(actors[0].pid, signal.SIGKILL)
+        mine = psutil.Process().children(recursive=True)  # Ray was started by this process
+        pids = [p.pid for p in mine if "ray::GeneratorActor" in " ".join(p.cmdline())]
+        os.kill(pids[0], signal.SIGKILL)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -104,7 +104,8 @@ def test_a_run_through_all_real_actors_conserves_survives_a_kill_and_resumes(bas
 
     folder, problems = CheckpointStore(run_dir).newest_intact()
     assert step_of(folder) == 6 and not problems
-    resumed = train(small_run(base, run_dir, trainer={"steps": 8}, rollout={"num_generators": 1}))
+    again = {"trainer": {"steps": 8}, "rollout": {"num_generators": 1}, "placement": {"use_gpu": "auto"}}
+    resumed = train(small_run(base, run_dir, **again))  # on Ray's GPUs, which are logical ones here
     assert [r["step"] for r in records(run_dir) if "rollout/reward" in r] == list(range(1, 9))
     assert resumed.accounting.planned > summary.accounting.planned
     assert resumed.accounting.in_flight == 0
