@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import tempfile
 import time
@@ -188,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
         include_dashboard=False,
         object_store_memory=200 << 20,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         runtime_env={"env_vars": path},
     )
     rows = []

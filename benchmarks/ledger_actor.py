@@ -8,6 +8,7 @@ which the same clients call a method that does nothing (``ping``): what Ray itse
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 import time
 import uuid
@@ -102,7 +103,7 @@ def measure_actor(sizes: list[int], repeats: int, seconds: float) -> list[Row]:
         include_dashboard=False,
         object_store_memory=400 << 20,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
     rows: list[Row] = []
     try:

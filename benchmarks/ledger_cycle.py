@@ -138,7 +138,7 @@ def measure_cycles(sizes: list[int], repeats: int, inner: int) -> list[Row]:
                 number += 1
                 fast.append(cycle(pooled, truth, number)[1:])
             _, cpu, wall = cycle(plain, truth, number)
-            row = {"section": "cycle", "prompts": size, "tau": mode, "repeat": repeat}
+            row: Row = {"section": "cycle", "prompts": size, "tau": mode, "repeat": repeat}
             row |= dict(
                 zip(("cycle_cpu_s", "cycle_wall_s"), map(statistics.median, zip(*fast, strict=True)), strict=True)
             )

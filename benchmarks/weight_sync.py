@@ -1,4 +1,4 @@
-"""What a weight sync costs: ``python -m benchmarks.weight_sync [--repeats 7]``.
+"""What a weight sync costs: ``cures bench weight-sync [--repeats 7]``.
 
 For a 2 M and a 30 M model (Qwen3, tied embeddings, float32), one vLLM engine in a Ray actor is kept busy with
 batches of 256 rollouts of up to 64 tokens. Batches without a sync alternate with batches that receive new weights
@@ -10,7 +10,7 @@ which bounds the share of a real step from above.
 from __future__ import annotations
 
 import argparse
-import statistics
+import logging
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 
 from actors.generator import GeneratorActor
 from actors.weights import shm_folder, write_shm
-from benchmarks.results_file import write_result
+from benchmarks.results_file import spread, write_result
 from cures_ray.base_model import BaseModelSpec, build_model, build_tokenizer
 from cures_ray.config import Config
 from cures_ray.messages import GenerationRequest, PromptRow, SyncReport, WeightUpdate
@@ -121,42 +121,45 @@ def measure(name: str, spec: BaseModelSpec, repeats: int) -> list[dict[str, Any]
     return rows
 
 
-def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians over one model's batches."""
+def summarize(name: str, rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """[low, median, high] over one model's batches."""
     synced, plain = [r for r in rows if r["sync"]], [r for r in rows if not r["sync"]]
-    figures = {
-        key: statistics.median(r[key] for r in synced) for key in ("publish_s", "paused_s", "canary_s", "total_s")
-    }
-    step = statistics.median(r["step_s"] for r in plain)
-    return figures | {
-        "canary_max_error_nats": max(r["canary_max_error_nats"] for r in synced),
-        "generation_step_s": step,
-        "step_with_sync_s": statistics.median(r["step_s"] for r in synced),
-        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in plain),
-        "share_of_step": round(figures["total_s"] / (step + figures["total_s"]), 4),
-        "parameters": rows[0]["parameters"],
-    }
+    figures = {f"{name}_{key}": spread([r[key] for r in synced]) for key in ("publish_s", "paused_s", "canary_s")}
+    figures[f"{name}_total_s"] = spread([r["total_s"] for r in synced])
+    figures[f"{name}_canary_max_error_nats"] = spread([r["canary_max_error_nats"] for r in synced])
+    figures[f"{name}_generation_step_s"] = spread([r["step_s"] for r in plain])
+    figures[f"{name}_step_with_sync_s"] = spread([r["step_s"] for r in synced])
+    figures[f"{name}_tokens_per_s"] = spread([r["tokens_per_s"] for r in plain])
+    pairs = [(s["total_s"], p["step_s"]) for s, p in zip(synced, plain, strict=True)]
+    figures[f"{name}_sync_cost_share_of_step"] = spread([total / (step + total) for total, step in pairs])
+    return figures
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="measured pairs of batches per model, 5 or more")
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     ray.init(
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=200 << 20,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
-    rows = [row for name in args.sizes for row in measure(name, SIZES[name], args.repeats)]
-    ray.shutdown()
-    figures = {name: summarize([r for r in rows if r["model"] == name]) for name in args.sizes}
-    write_result("weight_sync", figures, rows, command=f"python -m benchmarks.weight_sync --repeats {args.repeats}")
-    for name, numbers in figures.items():
-        print(name, numbers)
+    try:
+        rows = [row for name in args.sizes for row in measure(name, SIZES[name], args.repeats)]
+    finally:
+        ray.shutdown()
+    figures: dict[str, list[float]] = {}
+    for name in args.sizes:
+        figures |= summarize(name, [r for r in rows if r["model"] == name])
+    path = write_result("weight_sync", figures, rows)
+    for figure, (low, median, high) in figures.items():
+        print(f"{figure:36} {median:.4g}  [{low:.4g}, {high:.4g}]")
+    print(f"written to {path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
