@@ -21,11 +21,9 @@ import ray
 
 from actors.adapters import RayLedger
 from actors.ledger import LedgerActor
-from benchmarks.ledger_cycle import Row, config
+from benchmarks.ledger_cycle import CLIENTS, Row, config
 from benchmarks.ledger_scale import settlement
 from cures_ray.messages import CommitReport
-
-CLIENTS = 64
 
 
 class Clients:

@@ -18,6 +18,7 @@ from cures_ray.pool import PromptPool, generator
 from cures_ray.sampling import TAU_MAX, TAU_MIN
 
 M, N = 1024, 8192  # draws and rollouts a step
+CLIENTS = 64  # of the actor
 TAU, ESS_FRACTION = 0.1, 0.5
 MODES = ("fixed", "steered")
 Row = dict[str, Any]

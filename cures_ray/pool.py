@@ -19,6 +19,7 @@ from cures_ray.messages import GradientStatistics
 from cures_ray.predictor import DifficultyPredictor, LevelPrior
 from cures_ray.sampling import Draw, EpochSampler, PotentialSampler, UniformSampler, potential
 
+BUILD_ANEW = 2**20  # changed potentials
 SAMPLE = 10_000  # prompts that metrics and histograms look at
 
 
@@ -201,6 +202,8 @@ class PromptPool:
         members = self._members  # None: all, of which a list would cost O(N) a draw
         if self.config.curriculum.belief_draw == "thompson":  # a fresh accuracy for each prompt: O(N) a draw
             return PotentialSampler(potential(belief.sample(rng, members)))
+        if sum(map(len, self._dirty)) > max(BUILD_ANEW, self.size // 4):
+            self._samplers.clear()  # new priors for most of a large pool: building takes a tenth of the memory
         if "mean" not in self._samplers:
             self._dirty.clear()
             self._samplers["mean"] = PotentialSampler(potential(belief.mean(members)))
