@@ -33,6 +33,7 @@ COMMON: Overrides = {
     "rollout.kv_cache_mib": 64,
     "algo.loss": "clip",
     "algo.loss_length": "constant",
+    "algo.overlong_penalty_tokens": 2,  # else nothing teaches to stop: policies go on after the answer
     "async_rl.max_staleness": 0,
     "learner.dtype": "float32",
     # the gradient's size fades as the policy gets certain; Adam should not take full steps along its noise then
@@ -166,10 +167,10 @@ LEARNING_RATES: dict[tuple[str, str], dict[str, float]] = {
     ("program", "T"): {"*": 2e-3},
 }
 
-# The base model of a task: arguments of cures_ray.base_model.BaseModelSpec.
+# The base model of a task (vLLM's CPU attention needs 32 dimensions a head): arguments of cures_ray.base_model.BaseModelSpec.
 BASES: dict[str, dict[str, int]] = {
-    "chain": {"prompts": 2048, "eval_prompts": 400, "sft_steps": 400, "hidden": 64, "layers": 2, "heads": 4},
-    "program": {"prompts": 2048, "eval_prompts": 300, "sft_steps": 400, "hidden": 64, "layers": 2, "heads": 4},
+    "chain": {"prompts": 2048, "eval_prompts": 400, "sft_steps": 400, "hidden": 64, "layers": 2, "heads": 2},
+    "program": {"prompts": 2048, "eval_prompts": 300, "sft_steps": 400, "hidden": 64, "layers": 2, "heads": 2},
 }
 
 

@@ -69,7 +69,7 @@ def _posterior_std(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: fl
     rollout is enough."""
     scaled = []
     for r, advantage in zip(rewards, _posterior_loo(rewards, alpha, beta, eps), strict=True):
-        b = r - advantage
+        b = np.clip(r - advantage, 0.0, 1.0)  # a penalty can take it out of the belief's range
         scaled.append(advantage / np.maximum(np.sqrt(b * (1.0 - b)), SMALLEST_STD))
     return _centred(scaled)
 
