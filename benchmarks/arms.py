@@ -167,7 +167,7 @@ LEARNING_RATES: dict[tuple[str, str], dict[str, float]] = {
     ("program", "T"): {"*": 2e-3},
 }
 
-# The base model of a task (vLLM's CPU attention needs 32 dimensions a head): arguments of cures_ray.base_model.BaseModelSpec.
+# The base model of a task: arguments of cures_ray.base_model.BaseModelSpec. vLLM on CPUs needs 32 dimensions a head.
 BASES: dict[str, dict[str, int]] = {
     "chain": {"prompts": 2048, "eval_prompts": 400, "sft_steps": 400, "hidden": 64, "layers": 2, "heads": 2},
     "program": {"prompts": 2048, "eval_prompts": 300, "sft_steps": 400, "hidden": 64, "layers": 2, "heads": 2},
