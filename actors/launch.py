@@ -84,13 +84,19 @@ def start_ray(config: Config) -> bool:
     if address:
         ray.init(address=address, **common)
         return False
-    ray.init(
-        num_cpus=config.ray.num_cpus,
-        num_gpus=config.ray.num_gpus,
-        include_dashboard=config.ray.dashboard,
-        object_store_memory=config.ray.object_store_mb << 20,
-        **common,
-    )
+    own = {
+        "num_cpus": config.ray.num_cpus,
+        "num_gpus": config.ray.num_gpus,
+        "include_dashboard": config.ray.dashboard,
+        "object_store_memory": config.ray.object_store_mb << 20,
+    }
+    try:
+        ray.init(**own, **common)
+    except Exception as error:  # Ray gives its node 30 s to register, which a busy machine may miss once
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        ray.init(**own, **common)
     return True
 
 

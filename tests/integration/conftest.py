@@ -6,21 +6,15 @@ from pathlib import Path
 import pytest
 import ray
 
+from actors.launch import start_ray
+from cures_ray.config import Config
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def ray_session():
-    ray.init(
-        num_cpus=4,
-        num_gpus=2,  # logical: this host may have none
-        include_dashboard=False,
-        object_store_memory=200 << 20,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={
-            "env_vars": {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "PYTHONWARNINGS": "ignore"}
-        },
-    )
+    os.environ["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    assert start_ray(Config.model_validate({"ray": {"num_cpus": 4, "num_gpus": 2, "object_store_mb": 200}}))
     yield
     ray.shutdown()
