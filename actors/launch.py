@@ -84,7 +84,7 @@ def start_ray(config: Config) -> bool:
     if address:
         ray.init(address=address, **common)
         return False
-    own = {
+    own: dict[str, Any] = {
         "num_cpus": config.ray.num_cpus,
         "num_gpus": config.ray.num_gpus,
         "include_dashboard": config.ray.dashboard,
