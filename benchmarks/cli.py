@@ -6,6 +6,7 @@ import argparse
 import importlib
 
 BENCHMARKS = {  # subcommand -> (module with main(argv), what it measures)
+    "demo": ("benchmarks.demo", "what `make demo` gives on several seeds"),
     "convergence": ("benchmarks.convergence", "methods at equal cost, with confidence intervals"),
     "sweep": ("benchmarks.lr_sweep", "the same learning-rate sweep for every method, on seeds of its own"),
     "plateau": ("benchmarks.plateau", "base models that have been trained to a plateau, for the collapse question"),
