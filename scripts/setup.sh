@@ -44,5 +44,8 @@ PY
 echo "setup: $(grep -c '==' "$LOCK") locked packages ..."
 pip install --no-deps --no-compile -r "$LOCK"
 pip install --no-deps --no-build-isolation -e .
+# Bytecode once, on all cores: where PYTHONDONTWRITEBYTECODE is set, every process of every run would compile
+# transformers, vLLM and Ray again. Some packages ship templates that are no Python; their errors do not matter.
+PYTHONDONTWRITEBYTECODE='' "$VENV/bin/python" -m compileall -q -j 0 "$VENV"/lib/python3.*/site-packages > /dev/null 2>&1 || true
 echo "$stamp" > "$VENV/.stamp"
 echo "setup: done in $(( $(date +%s) - start )) s, $(du -sh "$VENV" | cut -f1) in $VENV"
