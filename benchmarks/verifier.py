@@ -37,8 +37,8 @@ LATEX = (  # (gold, right, wrong) with two integers
 HOSTILE = (  # (gold, completion)
     ("3", r"\boxed{9^{9^{9^{9}}}}"),
     ("3", r"\boxed{\sum_{k=1}^{10^{12}} \frac{1}{k^{k}}}"),
-    (r"\sqrt{2}", r"\boxed{" + "(" * 400 + "x" + "+1)^{2}" * 400 + "}"),
-    ("3", r"\boxed{" + r"\frac{1}{" * 300 + "x" + "}" * 300 + "}"),
+    (r"\sqrt{2}", r"\boxed{" + "(" * 90 + "x" + "+1)^{2}" * 90 + "}"),
+    ("3", r"\boxed{" + r"\frac{1}{1+" * 80 + "x" + "}" * 80 + "}"),
 )
 
 
@@ -142,7 +142,9 @@ def main(argv: list[str] | None = None) -> int:
         mine = [row for row in rows if row["kind"] == kind]
         found[f"{kind}_verdicts_per_second_per_core"] = spread([row["verdicts"] / row["cpu_s"] for row in mine])
         found[f"{kind}_verdicts_per_second_wall"] = spread([row["verdicts"] / row["wall_s"] for row in mine])
-    found["hostile_verdict_seconds"] = spread([row["wall_s"] for row in rows if row["kind"] == "hostile"])
+    hostile = [row for row in rows if row["kind"] == "hostile"]
+    slowest = [max(row["wall_s"] for row in hostile if row["repeat"] == r) for r in range(1, args.repeats + 1)]
+    found["hostile_slowest_verdict_seconds"] = spread(slowest)
     found["respawn_seconds"] = spread([row["respawn_s"] for row in rows if row["kind"] == "kill"])
     found["warm_verdict_seconds"] = spread([row["warm_verdict_s"] for row in rows if row["kind"] == "kill"])
     path = write_result("verifier", found, rows, folder=args.out)

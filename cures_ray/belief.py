@@ -115,7 +115,9 @@ class BeliefTable:
         if not (np.all(s >= 0) and np.all(f >= 0) and np.all(e >= 0) and np.all((d >= 0) & (d <= 1))):
             raise ValueError("counts and evidence must be >= 0 and discounts in [0, 1]")
         seen = (s + f) > 0
-        rows, s, f, d = rows[seen], (s * e)[seen], (f * e)[seen], d[seen]
+        s, f = s * e, f * e
+        if not seen.all():
+            rows, s, f, d = rows[seen], s[seen], f[seen], d[seen]
         for turn in _turns(rows):  # one turn unless a prompt occurs twice
             at = rows[turn]
             self.alpha[at] = self._decay(self.alpha[at], self._prior(self.prior_alpha, at), d[turn]) + s[turn]

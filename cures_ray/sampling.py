@@ -88,7 +88,7 @@ class PotentialSampler:
             powers = _powers(self._code[i : i + _CHUNK])
             for k in range(ORDER + 1):
                 self._moments[k] += np.bincount(bucket[i : i + _CHUNK], powers[k], BUCKETS)
-        self._pool = np.empty(2 * n + 8, np.uint32)  # all member lists, with room to grow
+        self._pool = np.empty(2 * n + 8 * BUCKETS, np.uint32)  # all member lists, with room to grow
         self._lay_out(self._count, lists)
         self._tau = 0.0  # last solution of solve_tau; 0: none yet
 
@@ -97,7 +97,7 @@ class PotentialSampler:
         """The sampler of a ``state_dict``, in about the time of copying it."""
         self = cls.__new__(cls)
         self.num_prompts = num_prompts
-        self._pool = np.empty(2 * num_prompts + 8, np.uint32)
+        self._pool = np.empty(2 * num_prompts + 8 * BUCKETS, np.uint32)
         self.load_state_dict(state)
         return self
 
@@ -130,11 +130,11 @@ class PotentialSampler:
         """m i.i.d. draws from rho*; all randomness comes from ``rng``. ``tau`` in [TAU_MIN, TAU_MAX]."""
         log_z, ess = self._sums(tau)
         span = self._span(tau)
-        mass = np.cumsum(self._count[span] * _relative_weight(span.start, span.stop, tau))
+        mass = np.cumsum(self._moments[0, span] * _relative_weight(span.start, span.stop, tau))
         kept: list[np.ndarray] = []
         missing = m
         while missing > 0:
-            u = rng.random((3, missing + missing // 4 + 8))
+            u = rng.random((3, 8 + int(missing * (1 + 2 * _HALF * _UNIT / tau))))
             bucket = np.minimum(np.searchsorted(mass, u[0] * mass[-1], side="right"), len(mass) - 1) + span.start
             member = np.minimum((u[1] * self._count[bucket]).astype(np.int64), self._count[bucket] - 1)
             row = self._pool[self._start[bucket] + member]
@@ -288,9 +288,9 @@ class PotentialSampler:
         return np.concatenate([self._pool[s : s + n] for s, n in zip(self._start, self._count, strict=True)])
 
     def _lay_out(self, counts: np.ndarray, lists: np.ndarray) -> None:
-        """Spread ``lists`` over the pool, with room for a quarter more than ``counts``. O(N), and rare: at least
+        """Spread ``lists`` over the pool, with room for a quarter and 4 more than ``counts``. O(N), and rare: at least
         N / 8 prompts change bucket between two of these."""
-        self._room = counts + counts // 4
+        self._room = counts + counts // 4 + 4
         self._start = np.cumsum(self._room) - self._room
         self._end = int(self._room.sum())
         if self.num_prompts < _SMALL:
