@@ -162,7 +162,7 @@ PLANNED_PER_TRAINED = {"dapo": 3.0, "speed": 3.0, "ada": 3.0}
 # Learning rates by (task, variant): the label's own, else the arm's, else "*"; chosen in results/lr_sweep_*.json.
 LEARNING_RATES: dict[tuple[str, str], dict[str, float]] = {
     ("chain", "N"): {"*": 2e-3},
-    ("chain", "T"): {"*": 2e-3, "cures_wide": 4e-3, "cures_wide_uniform": 4e-3},
+    ("chain", "T"): {"*": 2e-3},
     ("program", "N"): {"*": 2e-3},
     ("program", "T"): {"*": 2e-3},
 }
