@@ -159,10 +159,12 @@ HEADLINE = ("grpo", "rpp", "gvm", "dapo", "mopps", "cures", "wide", "wide_cures"
 # Rollouts planned per rollout trained, about: such arms are evaluated more often, to have as many points per cost.
 PLANNED_PER_TRAINED = {"dapo": 3.0, "speed": 3.0, "ada": 3.0}
 
+_PAPER_ARMS = [name for name, arm in ARMS.items() if arm.get("curriculum.pilot_rollouts") and name.startswith("cures")]
+
 # Learning rates by (task, variant): the label's own, else the arm's, else "*"; chosen in results/lr_sweep_*.json.
 LEARNING_RATES: dict[tuple[str, str], dict[str, float]] = {
     ("chain", "N"): {"*": 2e-3},
-    ("chain", "T"): {"*": 2e-3},
+    ("chain", "T"): {"*": 2e-3, "dapo": 4e-3, **dict.fromkeys(("gvm", "gvm_raft", *_PAPER_ARMS), 1e-3)},
     ("program", "N"): {"*": 2e-3},
     ("program", "T"): {"*": 2e-3},
 }
