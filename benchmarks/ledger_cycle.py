@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,26 @@ def measure_cycles(sizes: list[int], repeats: int, inner: int) -> list[Row]:
             row |= {"speedup_cpu": cpu / row["cycle_cpu_s"], "speedup_wall": wall / row["cycle_wall_s"]}
             rows.append(row | {"plain_ess_evaluations": plain.evaluations})
     return rows[len(sides) :]
+
+
+def measure_parts(size: int, repeats: int, inner: int) -> list[Row]:
+    """Where a cycle with tau fixed spends its time: CPU seconds of each part, the median of ``inner`` cycles a row."""
+    pool = PromptPool(config("fixed"), size)
+    truth, rows = believe(pool.belief), []
+    for repeat in range(repeats + 1):  # the first warms up
+        parts: dict[str, list[float]] = {name: [] for name in ("update_sampler", "draw", "allocate", "observe")}
+        for i in range(inner):
+            rng = generator(2, repeat, i)
+            sampler, *update = timed(partial(pool._sampler, rng))
+            drawn, *draw = timed(partial(sampler.draw, M, rng, TAU))
+            n, *share = timed(partial(allocate, pool, drawn))
+            successes = rng.binomial(n, truth[drawn.index]).astype(np.float64)
+            _, *observe = timed(partial(Pooled(pool).observe, drawn.index, successes, n - successes))
+            for values, seconds in zip(parts.values(), (update, draw, share, observe), strict=True):
+                values.append(seconds[0])
+        row = {f"{name}_cpu_s": statistics.median(values) for name, values in parts.items()}
+        rows.append({"section": "parts", "prompts": size, "tau": "fixed", "repeat": repeat, **row})
+    return rows[1:]
 
 
 def _check_equal(pooled: Pooled, plain: Plain) -> None:

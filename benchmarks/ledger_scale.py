@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ledger_cycle import CLIENTS, MODES, M, N, Row, believe, config, measure_cycles, timed
+from benchmarks.ledger_cycle import CLIENTS, MODES, M, N, Row, believe, config, measure_cycles, measure_parts, timed
 from benchmarks.results_file import RESULTS, spread, write_result
 from cures_ray.curriculum import Curriculum
 from cures_ray.ledger import Ledger
@@ -155,6 +155,9 @@ def figures(rows: list[Row]) -> dict[str, Any]:
             add(f"cycle_speedup_{r['tau']}_{size}", r["speedup_cpu"])
             add(f"cycle_seconds_{r['tau']}_{size}", r["cycle_cpu_s"])
             add(f"cycle_cost_growth_{r['tau']}_{size}", r["cycle_cpu_s"] / small[r["tau"], r["repeat"]])
+        elif r["section"] == "parts":
+            for part in ("update_sampler", "draw", "allocate", "observe"):
+                add(f"cycle_part_seconds_{part}_{size}", r[f"{part}_cpu_s"])
         elif r["section"] == "ledger":
             add(f"ledger_batch_seconds_{size}", r["cpu_s"])
             seconds = r["lease_s"] + r["settle_s"]
@@ -193,6 +196,9 @@ def bars(figures: dict[str, Any], largest: int) -> list[Row]:
 def beside(figures: dict[str, Any], largest: int) -> list[Row]:
     """What no bar covers, with the measurement that shows its limit."""
     n, rows = power(largest), []
+    parts = {k.split("seconds_")[1]: v[1] for k, v in figures.items() if k.startswith("cycle_part_seconds_")}
+    note = "microseconds of its parts: " + ", ".join(f"{k} {v * 1e6:.0f}" for k, v in parts.items())
+    rows.append({"figure": f"cycle_speedup_fixed_{n}", "limit": note})
     per_lease = figures[f"ledger_lease_and_settle_seconds_{n}"][1] / M
     growth = figures[f"ledger_batch_cost_growth_{n}"][1]
     note = (
@@ -228,6 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     os.sched_setaffinity(0, {max(cores)})
     try:
         rows = measure_cycles(sizes, args.repeats, args.inner)
+        rows += measure_parts(sizes[-1], args.repeats, args.inner)
         gc.collect()
         rows += [row for size in sizes for row in measure_snapshot(size, args.repeats)]
         rows += measure_ledger([sizes[0], sizes[-1]], args.repeats)

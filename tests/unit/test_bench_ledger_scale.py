@@ -13,7 +13,15 @@ from cures_ray.pool import PromptPool, generator
 def test_a_quick_run_writes_every_figure_but_the_actors(tmp_path):
     assert main(["--quick", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "ledger_scale.json").read_text())
-    assert {row["section"] for row in result["rows"]} == {"cycle", "snapshot", "ledger", "load", "bars", "beside"}
+    assert {row["section"] for row in result["rows"]} == {
+        "cycle",
+        "parts",
+        "snapshot",
+        "ledger",
+        "load",
+        "bars",
+        "beside",
+    }
     for name in (
         "cycle_speedup_steered_20000",
         "snapshot_load_time_over_read_20000",
