@@ -74,10 +74,10 @@ def claim(run_dir: Path, config: Config) -> tuple[Path | None, list[str]]:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(run_dir, os.W_OK):
             raise PermissionError("not writable")
-        if record.exists():
+        if holds_run(run_dir):
+            if not record.exists():
+                raise ConfigError(f"checkpoint.dir = {run_dir} holds files of an unknown run; choose another folder")
             _check_same_run(record, identity, config)
-        elif any(run_dir.glob("checkpoints/*")) or (run_dir / "metrics.jsonl").exists():
-            raise ConfigError(f"checkpoint.dir = {run_dir} holds files of an unknown run; choose another folder")
         store = CheckpointStore(run_dir, config.checkpoint.keep)
         resume, problems = store.resolve(config.checkpoint.resume)
         if resume is None and (run_dir / "metrics.jsonl").exists():
@@ -86,6 +86,15 @@ def claim(run_dir: Path, config: Config) -> tuple[Path | None, list[str]]:
     except OSError as error:
         raise ConfigError(f"checkpoint.dir = {run_dir} cannot be written: {error}; choose another folder") from None
     return resume, problems
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether a step was trained here. A try that ended before that leaves the folder free: the next one may have
+    other data or another model, and what was logged is set aside."""
+    if any(run_dir.glob("checkpoints/step-*")):
+        return True
+    log = run_dir / "metrics.jsonl"
+    return log.exists() and '"step": ' in log.read_text()
 
 
 def fingerprint(config: Config) -> dict[str, str]:
