@@ -26,7 +26,7 @@ COST_AXES = {  # axis of the figures -> its heading
     "generated_tokens": "generated tokens",
     "learner_flops": "learner FLOPs",
     "optimizer_steps": "optimizer steps",
-    "seconds": "seconds of work",
+    "seconds": "seconds of work",  # CPU in process, wall in the full system
 }
 
 

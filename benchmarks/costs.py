@@ -25,16 +25,16 @@ class Costs:
     computed_tokens: float = 0.0  # prompt + completion tokens that the learner really computed
     learner_flops: float = 0.0
     optimizer_steps: int = 0  # updates of the weights; batches with nothing to train are not counted
-    seconds: dict[str, float] = field(default_factory=dict)  # by component, wall
+    seconds: dict[str, float] = field(default_factory=dict)  # by component, CPU: the machine may be shared
     marks: list[dict[str, float]] = field(default_factory=list)
 
     @contextmanager
     def timed(self, component: str) -> Iterator[None]:
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             yield
         finally:
-            self.seconds[component] = self.seconds.get(component, 0.0) + time.perf_counter() - began
+            self.seconds[component] = self.seconds.get(component, 0.0) + time.process_time() - began
 
     def generated(self, parameters: int, prompt_tokens: int, completion_tokens: int) -> None:
         """Forward passes cost 2 x parameters FLOPs a token."""
