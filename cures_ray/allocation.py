@@ -34,6 +34,8 @@ def apportion(weights: np.ndarray, total: int, n_min: Bound, n_max: Bound | None
     n = np.clip(np.floor(share + 1e-9).astype(np.int64), low, high)
     for _ in range(2):  # the second pass only when rounding errors left more units than open prompts
         missing = total - int(n.sum())
+        if not missing:
+            break
         open_ = np.flatnonzero(n < high) if missing > 0 else np.flatnonzero(n > low)
         order = open_[np.lexsort((-w[open_] * np.sign(missing), (n - share)[open_] * np.sign(missing)))]
         n[order[: abs(missing)]] += np.sign(missing)
@@ -172,6 +174,9 @@ def _bounds(k: int, total: int, n_min: Bound, n_max: Bound) -> tuple[np.ndarray,
 def _scale(w: np.ndarray, total: int, low: np.ndarray, high: np.ndarray) -> float:
     """t with sum clip(t w, low, high) = total, w > 0: a binary search over the knots of the piecewise linear
     sum, each evaluated anew (running sums of slopes would cancel when weights span many decades)."""
+    free = total / w.sum()
+    if np.all(free * w >= low) and np.all(free * w <= high):  # no bound binds
+        return float(free)
     knot = np.sort(np.concatenate([low / w, high / w]))
     left, right = 0, len(knot) - 1  # the sum is <= total at the left knot and >= total at the right one
     while right - left > 1:

@@ -174,7 +174,7 @@ def test_a_history_that_the_journal_does_not_reproduce_is_told(tmp_path):
         (["learner.lr=0.1"], "does not change what is drawn"),
         (["discount=0.5"], "shapes the beliefs"),
         (["sigma=last_layer"], "gradient statistics"),
-        (["tau=1e-9"], "tau must be in"),
+        (["tau=1e-9"], r"curriculum\.tau = 1e-09"),
     ],
 )
 def test_overrides_that_cannot_be_answered_are_explained(words, hint, tmp_path):
