@@ -64,6 +64,7 @@ class CurriculumConfig(Section):
     prior_alpha: float = Field(1.0, gt=0)
     prior_beta: float = Field(1.0, gt=0)
     prior_from: Literal["constant", "level", "predictor"] = "constant"
+    predictor_features: Literal["text", "embedding"] = "text"  # of the predictor: hashed text, or frozen embeddings
     prior_strength: float = Field(2.0, gt=0)  # alpha + beta of a level or predictor prior
     prior_scope: Literal["unseen", "all"] = "unseen"  # whose prior follows level or predictor; seen prompts keep counts
     belief: Literal["reset", "discount", "none"] = "discount"

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from cures_ray.config import Config, DataConfig, ModelConfig
 from cures_ray.data_read import read_table
+from cures_ray.embeddings import prompt_embeddings
 from cures_ray.messages import ConfigError, PromptRow
 from cures_ray.predictor import prompt_features
 
@@ -142,10 +143,18 @@ def load_prompts(config: DataConfig, tokenizer: Any, which: str = "train") -> Pr
 
 def curriculum_columns(config: Config, table: PromptTable) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """What the curriculum knows of the prompts: ids [N], levels [N] or None, and features [N, d] when
-    ``curriculum.prior_from`` = predictor, else None."""
-    features = None
-    if config.curriculum.prior_from == "predictor":
-        features = prompt_features(table.columns["text"].to_pylist(), table.levels)
+    ``curriculum.prior_from`` = predictor, else None.
+
+    Raises:
+        ConfigError: predictor_features = embedding, and the model has no embedding table that can be read.
+    """
+    features, c = None, config.curriculum
+    if c.prior_from == "predictor":
+        texts = table.columns["text"].to_pylist()
+        if c.predictor_features == "embedding":
+            features = prompt_embeddings(texts, table.tokenizer, config.model)
+        else:
+            features = prompt_features(texts, table.levels)
     return table.ids, table.levels, features
 
 
