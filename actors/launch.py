@@ -19,7 +19,7 @@ import ray
 from actors.adapters import RayFleet, RayLedger, RayVerifiers
 from actors.generator import GeneratorActor
 from actors.learner import LearnerGroup
-from actors.ledger import LedgerActor
+from actors.ledger import LedgerActor, write_columns
 from actors.placement import Placement
 from actors.verifier import VerifierActor
 from actors.weights import resolve_backend, shm_folder
@@ -206,10 +206,11 @@ class Run:
     def _ledger(self) -> Any:
         inputs = self.inputs
         actor = ray.remote(LedgerActor).options(num_cpus=0, max_restarts=-1, max_task_retries=0)
+        folder = inputs.run_dir.resolve() / "ledger"
+        write_columns(folder, *curriculum_columns(self.config, inputs.train))
         handle = actor.remote(
-            str(inputs.run_dir.resolve() / "ledger"),
+            str(folder),
             self.config,
-            *curriculum_columns(self.config, inputs.train),
             uuid.uuid4().hex,
             str(inputs.resume.resolve() / "ledger") if inputs.resume else None,
         )

@@ -27,6 +27,8 @@ from cures_ray.messages import (
     Settlement,
     SettleReply,
 )
+from cures_ray.predictor import level_codes
+from cures_ray.snapshot import read_state, write_state
 
 
 def _or_exit(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,10 +45,28 @@ def _or_exit(call: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+def write_columns(
+    folder: Path, prompt_ids: np.ndarray, levels: np.ndarray | None = None, features: np.ndarray | None = None
+) -> None:
+    """Put what the ledger must know of the prompts into its folder. As constructor arguments they would lie in the
+    object store, and a restarted actor could find them gone.
+
+    Args:
+        levels: of any type; their codes are kept.
+    """
+    columns: dict[str, np.ndarray] = {"ids": np.asarray(prompt_ids, np.uint64)}
+    if levels is not None:
+        columns["levels"] = level_codes(levels, len(prompt_ids))[0]
+    if features is not None:
+        columns["features"] = features
+    write_state(folder / "prompts", columns)
+
+
 class LedgerActor:
     """Launch with ``ray.remote(LedgerActor).options(max_restarts=-1, max_task_retries=0)``.
 
     Args:
+        folder: of the ledger, on a file system that the actor's node sees; ``write_columns`` has been there.
         session: a new name at each start of a run, so that a restarted actor continues and a resumed run begins
             from ``checkpoint``.
     """
@@ -55,18 +75,16 @@ class LedgerActor:
         self,
         folder: str,
         config: Config,
-        prompt_ids: np.ndarray,
-        levels: np.ndarray | None,
-        features: np.ndarray | None,
         session: str,
         checkpoint: str | None = None,
     ) -> None:
+        columns = read_state(Path(folder) / "prompts")
         self._ledger = Ledger(
             Path(folder),
             config,
-            prompt_ids,
-            levels,
-            features,
+            columns["ids"],
+            columns.get("levels"),
+            columns.get("features"),
             session=session,
             checkpoint=Path(checkpoint) if checkpoint else None,
         )

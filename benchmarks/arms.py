@@ -27,6 +27,13 @@ COMMON: Overrides = {
     "curriculum.rollouts_per_step": 256,
     "curriculum.n_min": 2,
     "curriculum.n_max": 32,
+    # what the product's defaults would otherwise add to every arm
+    "curriculum.allocation": "sigma",
+    "curriculum.prior_from": "constant",
+    "curriculum.prior_scope": "unseen",
+    "curriculum.prior_strength": 2.0,
+    "curriculum.discount": 0.95,
+    "algo.min_advantage": 0.0,
     "rollout.dtype": "float32",
     "rollout.max_concurrent_rollouts": 256,
     "rollout.enforce_eager": True,

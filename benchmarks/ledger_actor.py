@@ -20,7 +20,7 @@ import numpy as np
 import ray
 
 from actors.adapters import RayLedger
-from actors.ledger import LedgerActor
+from actors.ledger import LedgerActor, write_columns
 from benchmarks.ledger_cycle import CLIENTS, Row, config
 from benchmarks.ledger_scale import settlement
 from cures_ray.messages import CommitReport
@@ -108,8 +108,8 @@ def measure_actor(sizes: list[int], repeats: int, seconds: float) -> list[Row]:
         for size in sizes:
             with tempfile.TemporaryDirectory() as folder:
                 actor: Any = ray.remote(LedgerActor).options(num_cpus=0)
-                ids = np.arange(size, dtype=np.uint64)
-                handle = actor.remote(str(Path(folder)), config("steered"), ids, None, None, uuid.uuid4().hex)
+                write_columns(Path(folder), np.arange(size, dtype=np.uint64))
+                handle = actor.remote(folder, config("steered"), uuid.uuid4().hex)
                 ray.get(handle.ping.remote())
                 rows += asyncio.run(_measure(handle, size, repeats, seconds))
                 ray.kill(handle)

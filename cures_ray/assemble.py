@@ -116,9 +116,9 @@ def _training_groups(
         algo.advantage_std_eps,
         whiten=not algo.kl_in_reward,
     )
-    if algo.min_advantage:
+    if algo.smallest_advantage:
         rng = np.random.default_rng([config.trainer.seed, version, THINNING])
-        advantages = thinned(advantages, algo.min_advantage, rng)
+        advantages = thinned(advantages, algo.smallest_advantage, rng)
     weights = token_weights(
         algo.loss_length,
         # all leases of a prompt carry the prompt's weight; it counts once

@@ -50,11 +50,11 @@ class DataConfig(Section):
 class CurriculumConfig(Section):
     method: Method = "cures"
     sampling: Literal["potential", "uniform"] = "potential"  # CurES sampling on / off
-    allocation: Literal["sigma", "rloo_gain", "cost_aware", "uniform"] = "sigma"  # CurES allocation
+    allocation: Literal["sigma", "rloo_gain", "cost_aware", "uniform"] = "uniform"  # sigma: CurES allocation, eq. 20
     draw: Literal["with_replacement", "epoch"] = "with_replacement"  # "epoch" only with uniform sampling
-    prompts_per_step: int = Field(32, ge=1)  # m
+    prompts_per_step: int = Field(256, ge=1)  # m
     rollouts_per_step: int = Field(256, ge=1)  # N
-    n_min: int = Field(2, ge=1)
+    n_min: int = Field(1, ge=1)
     n_max: int = Field(32, ge=1)
     tau: float | None = Field(None, ge=1e-4, le=1e4)  # fixed temperature; None: steered to target_ess_fraction
     target_ess_fraction: float = Field(0.5, gt=0, le=1)
@@ -63,13 +63,13 @@ class CurriculumConfig(Section):
     # beliefs
     prior_alpha: float = Field(1.0, gt=0)
     prior_beta: float = Field(1.0, gt=0)
-    prior_from: Literal["constant", "level", "predictor"] = "constant"
+    prior_from: Literal["constant", "level", "predictor"] = "predictor"
     predictor_features: Literal["text", "embedding"] = "text"  # of the predictor: hashed text, or frozen embeddings
-    prior_strength: float = Field(2.0, gt=0)  # alpha + beta of a level or predictor prior
-    prior_scope: Literal["unseen", "all"] = "unseen"  # whose prior follows level or predictor; seen prompts keep counts
+    prior_strength: float = Field(4.0, gt=0)  # alpha + beta of a level or predictor prior
+    prior_scope: Literal["unseen", "all"] = "all"  # whose prior follows level or predictor; seen prompts keep counts
     belief: Literal["reset", "discount", "none"] = "discount"
     belief_draw: Literal["mean", "thompson"] = "mean"
-    discount: float = Field(0.95, gt=0, le=1)  # lambda per observation of the prompt, and per lag version
+    discount: float = Field(0.8, gt=0, le=1)  # lambda per observation of the prompt, and per lag version
     subsets: int = Field(1, ge=1)  # T of Algorithm 1, used by belief=reset
     subset_steps: int = Field(10, ge=1)  # M of Algorithm 1
     pilot_rollouts: int = Field(0, ge=0)  # N'
@@ -105,9 +105,10 @@ class RolloutConfig(Section):
 
 
 class AlgoConfig(Section):
-    advantage: Advantage = "rloo"
+    advantage: Advantage = "posterior_std"
     advantage_std_eps: float = Field(1e-6, gt=0)
-    min_advantage: float = Field(0.0, ge=0)  # smaller |A| train with probability |A| / this, at this size; 0: all do
+    # smaller |A| train with probability |A| / this, at this size; 0: all do; None: 0.3 for posterior_std, else 0
+    min_advantage: float | None = Field(None, ge=0)
     loss: Literal["clip", "decoupled", "cispo", "gspo", "reinforce"] = "decoupled"
     loss_length: Literal["constant", "sequence", "token"] = "constant"  # L: constant | |y| | tokens of batch
     clip_eps_low: float = Field(0.2, gt=0)
@@ -118,6 +119,12 @@ class AlgoConfig(Section):
     kl_in_reward: bool = False  # REINFORCE++: subtract k1 from the reward instead of adding k3 to the loss
     updates_per_batch: int = Field(1, ge=1)  # optimizer steps on one batch (PPO epochs)
     overlong_penalty_tokens: int = Field(0, ge=0)  # DAPO soft overlong punishment over the last tokens
+
+    @property
+    def smallest_advantage(self) -> float:
+        if self.min_advantage is not None:
+            return self.min_advantage
+        return 0.3 if self.advantage == "posterior_std" else 0.0
 
 
 class AsyncConfig(Section):

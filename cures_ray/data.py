@@ -26,6 +26,7 @@ from cures_ray.predictor import prompt_features
 
 PROMPT_COLUMNS = ("prompt", "problem", "question")  # tried in this order when data.prompt_key is not there
 ANSWER_COLUMNS = ("answer", "solution", "reward_model")
+FEATURES = 2**28  # floats of all prompts' features together: 1 GiB
 TOKENIZE_BATCH = 2048  # texts per tokenizer call
 
 
@@ -154,7 +155,7 @@ def curriculum_columns(config: Config, table: PromptTable) -> tuple[np.ndarray, 
         if c.predictor_features == "embedding":
             features = prompt_embeddings(texts, table.tokenizer, config.model)
         else:
-            features = prompt_features(texts, table.levels)
+            features = prompt_features(texts, table.levels, min(512, max(32, FEATURES // max(len(texts), 1))))
     return table.ids, table.levels, features
 
 

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from actors.adapters import RayLedger
-from actors.ledger import LedgerActor
+from actors.ledger import LedgerActor, write_columns
 from cures_ray.ledger import Ledger
 from tests.unit.fakes import World, small_config
 
@@ -21,7 +21,8 @@ KILLS = 3
 
 def start(folder: Path, world: World, session: str):
     actor = ray.remote(LedgerActor).options(num_cpus=0, max_restarts=-1, max_task_retries=0)
-    return actor.remote(str(folder), world.config, world.prompts.ids, world.prompts.levels, None, session)
+    write_columns(folder, world.prompts.ids, world.prompts.levels)
+    return actor.remote(str(folder), world.config, session)
 
 
 async def kill_repeatedly(handle, world: World) -> list[int]:

@@ -27,9 +27,20 @@ from cures_ray.ports import CanaryFailed, WorkerLost
 
 
 def small_config(**sections: dict) -> Config:
-    """m = 8 prompts, N = 32 rollouts, 6 steps, staleness 1; ``sections`` override."""
+    """CurES with RLOO: m = 8 prompts, N = 32 rollouts, 6 steps, staleness 1; ``sections`` override."""
     base = {
-        "curriculum": {"prompts_per_step": 8, "rollouts_per_step": 32, "n_min": 2, "n_max": 16},
+        "curriculum": {
+            "prompts_per_step": 8,
+            "rollouts_per_step": 32,
+            "n_min": 2,
+            "n_max": 16,
+            "allocation": "sigma",
+            "prior_from": "constant",
+            "prior_scope": "unseen",
+            "prior_strength": 2.0,
+            "discount": 0.95,
+        },
+        "algo": {"advantage": "rloo"},
         "async_rl": {"max_staleness": 1},
         "trainer": {"steps": 6, "no_progress_timeout_s": 20.0},
         "eval": {"interval": 0},

@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 
 from cures_ray.assemble import assemble
-from cures_ray.config import AlgoConfig, AsyncConfig, Config, RolloutConfig
+from cures_ray.config import AlgoConfig, AsyncConfig, Config, CurriculumConfig, RolloutConfig
 from cures_ray.messages import BatchEntry, BatchPlan, Discard, GroupSummary, Lease, RunError
 
 
 def config(**algo):
     return Config(
-        algo=AlgoConfig(**algo), async_rl=AsyncConfig(max_staleness=1), rollout=RolloutConfig(max_new_tokens=10)
+        curriculum=CurriculumConfig(prompts_per_step=32, n_min=2),
+        algo=AlgoConfig(**{"advantage": "rloo", **algo}),
+        async_rl=AsyncConfig(max_staleness=1),
+        rollout=RolloutConfig(max_new_tokens=10),
     )
 
 

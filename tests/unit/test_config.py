@@ -59,7 +59,7 @@ def test_all_unknown_keys_are_listed_at_once(tmp_path):
         ("{prompts_per_step: 64, rollouts_per_step: 100, n_min: 2}", "64 x 2 = 128"),
         ("{prompts_per_step: 4, rollouts_per_step: 256, n_max: 32}", "4 x 32 = 128"),
         ("{n_min: 9, n_max: 8}", "n_min = 9 is larger than"),
-        ("{prompts_per_step: 256, rollouts_per_step: 256, n_min: 1}", "algo.advantage = rloo"),
+        ("{prompts_per_step: 256, rollouts_per_step: 256, n_min: 1}\nalgo: {advantage: rloo}", "algo.advantage = rloo"),
     ],
 )
 def test_an_unsatisfiable_batch_shows_its_arithmetic(tmp_path, batch, arithmetic):
