@@ -34,7 +34,7 @@ def test_a_missing_configuration_file_is_named(capsys, tmp_path):
         (["model.path=", "data.train=x.jsonl"], "model.path is not set"),
         (["model.path=/nowhere/model"], "/nowhere/model"),
         (["rollout.n=8"], "curriculum.rollouts_per_step"),
-        (["curriculum.prompts_per_step=1000"], "1000 x 2"),
+        (["curriculum.prompts_per_step=1000"], "1000 x 1"),
         (["checkpoint.dir=/proc/nothing"], "/proc/nothing"),
         (["curriculum.method=curse"], "curriculum.method"),
     ],

@@ -47,5 +47,5 @@ def test_the_demo_is_asynchronous_and_uses_the_curriculum():
 
 
 def test_the_demo_with_an_unsatisfiable_batch_is_refused_with_the_arithmetic():
-    with pytest.raises(ConfigError, match="200 x 2 = 400"):
-        load_config(next(p for p in CONFIGS if p.stem == "demo"), ["curriculum.prompts_per_step=200"])
+    with pytest.raises(ConfigError, match="256 x 2 = 512"):
+        load_config(next(p for p in CONFIGS if p.stem == "demo"), ["curriculum.n_min=2"])
