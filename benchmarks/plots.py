@@ -31,7 +31,7 @@ def accuracy_curves(records: list[Record], labels: list[str], axis: str, metric:
         ax.fill_between(cost, low, high, color=color, alpha=0.1, linewidth=0)
     ax.set_xlabel(COST_AXES[axis])
     ax.set_ylabel(f"held-out accuracy ({metric})")
-    ax.legend(fontsize=7, ncols=2)
+    ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     ax.grid(alpha=0.3)
     return _png(figure)
 
@@ -79,7 +79,7 @@ def cost_map_lines(figures: list[ArmFigures], kind: str) -> bytes:
     ax.axhline(1.0, color="black", linewidth=0.8)
     ax.set_xlabel("cost of generating a rollout : cost of training on one")
     ax.set_ylabel("speed-up at 80 % of the gain")
-    ax.legend(fontsize=7, ncols=2)
+    ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     ax.grid(alpha=0.3)
     return _png(figure)
 
@@ -117,6 +117,6 @@ def _color(i: int) -> Any:
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.tight_layout()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
     plt.close(figure)
     return buffer.getvalue()
