@@ -31,6 +31,7 @@ from cures_ray.data import PromptTable, curriculum_columns, load_prompts, load_t
 from cures_ray.journal import JournalError, read, read_header
 from cures_ray.ledger import apply, generations, journal_path, load_generation
 from cures_ray.messages import ConfigError
+from cures_ray.snapshot import read_state
 
 MARKUP = re.compile(r"<\|[^|<>]*\|>")  # of chat templates
 
@@ -74,7 +75,7 @@ class Prompts:
     def serve(self, config: Config) -> bool:
         """Whether the priors can be computed as in the run: a journal can be applied then."""
         prior = config.curriculum.prior_from
-        return prior == "constant" or (self.table is not None if prior == "level" else self.ids is not None)
+        return prior == "constant" or self.ids is not None or (prior == "level" and self.levels is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +154,7 @@ def open_run(folder: Path, *, names: bool = True) -> Run:
         raise ConfigError(str(error)) from None
     prompts = Prompts(count=int(header["prompts"]))
     if names or not prompts.serve(config):
-        prompts = read_prompts(config, prompts.count, header["prompts_digest"])
+        prompts = read_prompts(config, prompts.count, header["prompts_digest"], ledger / "prompts")
     return Run(folder=folder, config=config, history=read_history(ledger / "history.jsonl"), prompts=prompts)
 
 
@@ -169,8 +170,13 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return [lines[batch] for batch in sorted(lines)]
 
 
-def read_prompts(config: Config, count: int, wanted: str) -> Prompts:
-    """The prompts of ``data.train`` if they are still those of the run: ``count``, digest ``wanted``."""
+def read_prompts(config: Config, count: int, wanted: str, stored: Path) -> Prompts:
+    """The prompts of the run, ``count`` with digest ``wanted``: ids and what the priors need from the folder
+    ``stored`` (actors/ledger.py) where a run left it, texts from ``data.train`` if it is still the same."""
+    if (stored / "state.json").exists():
+        columns = read_state(stored)
+        if digest(columns["ids"]) == wanted:
+            return _with_texts(config, columns)
     try:
         plain = load_prompts(config.data, PlainTokenizer())
     except ConfigError as error:
@@ -188,6 +194,23 @@ def read_prompts(config: Config, count: int, wanted: str) -> Prompts:
         note = f"data.train = {config.data.train} has changed since the run ({len(table)} prompts, {count} in the run)"
         return Prompts(count=count, note=f"prompts are named by their row only: {note}")
     return _known(config, table)
+
+
+def _with_texts(config: Config, columns: dict[str, Any]) -> Prompts:
+    own = {"ids": columns["ids"], "levels": columns.get("levels"), "features": columns.get("features")}
+    count, table, note = len(columns["ids"]), None, ""
+    try:
+        table = load_prompts(config.data, PlainTokenizer())
+        if len(table) != count:
+            table = load_prompts(config.data, load_tokenizer(config.model))
+    except ConfigError as error:
+        table, note = None, f"the texts are not shown: {error}"
+    if table is not None and len(table) != count:
+        note = f"the texts are not shown: data.train = {config.data.train} has {len(table)} prompts now, not {count}"
+        table = None
+    if table is not None and table.levels is not None:
+        own["levels"] = table.levels  # the stored ones are codes
+    return Prompts(count=count, table=table, note=note, **own)
 
 
 def _known(config: Config, table: PromptTable) -> Prompts:

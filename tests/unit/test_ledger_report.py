@@ -18,6 +18,7 @@ from cures_ray.ledger_report import main
 from cures_ray.ledger_text import bars, quantiles, some
 from cures_ray.messages import CommitReport, ConfigError, Discard
 from cures_ray.preflight import claim
+from cures_ray.snapshot import write_state
 
 
 def begin(folder, ids=None, **sections) -> Ledger:
@@ -333,3 +334,19 @@ def test_quantiles_and_bars_describe_a_histogram():
     assert np.isnan(quantiles([0, 0])).all()
     assert bars([0, 1, 1000]) == " ▁█" and bars([]) == ""
     assert some(range(100), 5) == [0, 25, 50, 74, 99]
+
+
+def test_a_run_that_left_its_prompts_is_replayed_without_its_data(tmp_path, capsys):
+    run = tmp_path / "run"
+    ledger = begin(run, curriculum={"prior_from": "predictor"})
+    config = ledger.config
+    columns = curriculum_columns(config, load_prompts(config.data, PlainTokenizer()))
+    names = ("ids", "levels", "features")
+    write_state(run / "ledger" / "prompts", dict(zip(names, columns, strict=True)))
+    work(ledger, 3)
+    (run / "train.jsonl").unlink()
+    assert main([str(run), "--no-plot"]) == 0
+    text = capsys.readouterr().out
+    assert "the texts are not shown" in text and any(f"{int(i):016x}" in text for i in columns[0])
+    assert main([str(run), "--replay", "tau=0.05"]) == 0
+    assert "not exact" not in capsys.readouterr().out
