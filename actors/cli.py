@@ -47,14 +47,15 @@ def _train(argv: list[str]) -> int:
     if args.dry_run:
         from actors.dry_run import dry_run
 
-        print(dry_run(config, with_inputs=not args.no_data))
+        for section in dry_run(config, with_inputs=not args.no_data):
+            print(section, flush=True)
         return 0
     from actors.ending import ending
     from actors.launch import train
 
     summary = train(config)
     print(ending(summary))
-    return 0
+    return 0 if summary.interrupted_at is None else 130
 
 
 def _prepare(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -12,20 +13,19 @@ from cures_ray.messages import ConfigError
 from cures_ray.preflight import prepare_inputs
 
 
-def dry_run(config: Config, *, with_inputs: bool = True) -> str:
-    """Everything a run would check, as text; nothing is started and no file is written.
+def dry_run(config: Config, *, with_inputs: bool = True) -> Iterator[str]:
+    """Everything a run would check, section by section; nothing is started and no file is written. Placement comes
+    last: a plan for a larger machine can be read on a small one.
 
     Raises:
         ConfigError: as a real run would.
     """
-    parts = ["# configuration", yaml.safe_dump(config.model_dump(), sort_keys=False).rstrip()]
-    parts += ["", "# batch"] + [f"{name:<32}{value}" for name, value in batch_table(config)]
-    parts += ["", "# placement", placement_report(config)]
+    yield "# configuration\n" + yaml.safe_dump(config.model_dump(), sort_keys=False).rstrip()
+    yield "\n# batch\n" + "\n".join(f"{name:<32}{value}" for name, value in batch_table(config))
     if with_inputs:
-        inputs = prepare_inputs(config, claim_run_dir=False)
-        parts += ["", "# data", *inputs.notes]
-        parts += ["", "# memory", memory_report(config)]
-    return "\n".join(parts)
+        yield "\n# data\n" + "\n".join(prepare_inputs(config, claim_run_dir=False).notes)
+        yield "\n# memory\n" + memory_report(config)
+    yield "\n# placement\n" + placement_report(config)
 
 
 def batch_table(config: Config) -> list[tuple[str, str]]:
@@ -61,6 +61,9 @@ def placement_report(config: Config) -> str:
 
     node = {"CPU": float(config.ray.num_cpus or os.cpu_count() or 1), "GPU": float(_local_gpus(config))}
     wanted = roles(config, node["GPU"])
+    if config.placement.use_gpu == "auto" and not node["GPU"] and config.learner.dtype == "bfloat16":
+        hint = "ray.num_gpus=K plans for a machine with K GPUs"
+        print(f"\nplacement.use_gpu = auto found no GPU here; this is the layout on CPUs ({hint})")
     check_feasible(wanted, [node], config.placement.strategy)
     return wanted_table(wanted, [node]) + "\nfits"
 

@@ -14,6 +14,11 @@ def ending(summary: RunSummary) -> str:
     data, run_dir = summary.as_json(), summary.run_dir
     lines = ["", *accuracy_lines(data), "", f"rollouts: {summary.accounting.line()}", ""]
     lines += [f"training took {summary.seconds_training:.0f} s after {summary.seconds_start:.0f} s of start-up"]
+    if summary.interrupted_at is not None:
+        lines += [
+            f"interrupted at step {summary.interrupted_at} of {summary.steps}, with a checkpoint: the same command "
+            f"continues"
+        ]
     if summary.exported:
         lines += [f"exported model   {summary.exported}   (AutoModelForCausalLM.from_pretrained, vllm.LLM)"]
     lines += [

@@ -51,13 +51,17 @@ def _generate(args: argparse.Namespace, prompts: PromptTable) -> list[list[str]]
     cpu = not torch.cuda.is_available()
     if cpu:
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    from transformers import AutoConfig
     from vllm import LLM, SamplingParams, TokensPrompt
 
+    limit = AutoConfig.from_pretrained(args.model).get_text_config().max_position_embeddings
+    if args.max_prompt_tokens >= limit:
+        args.max_prompt_tokens = limit // 2
     cache: dict[str, Any] = {"kv_cache_memory_bytes": 256 << 20} if cpu else {}
     engine = LLM(
         model=args.model,
         dtype=args.dtype,
-        max_model_len=args.max_prompt_tokens + args.max_new_tokens,
+        max_model_len=min(args.max_prompt_tokens + args.max_new_tokens, limit),
         enforce_eager=cpu,
         disable_log_stats=True,
         **cache,

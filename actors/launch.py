@@ -28,7 +28,7 @@ from cures_ray.config import Config
 from cures_ray.data import curriculum_columns
 from cures_ray.driver import Driver, Ports
 from cures_ray.evaluate import Evaluator
-from cures_ray.messages import Accounting
+from cures_ray.messages import Accounting, ConfigError
 from cures_ray.metrics import RunLog
 from cures_ray.preflight import Inputs, prepare_inputs
 
@@ -51,6 +51,8 @@ class RunSummary:
     run_dir: Path = Path()
     exported: Path | None = None
     seed: int = 0
+    interrupted_at: int | None = None  # the step before which SIGINT or SIGTERM ended the run
+    steps: int = 0
 
     def as_json(self) -> dict[str, Any]:
         first, last = (self.evaluations[0][1], self.evaluations[-1][1]) if self.evaluations else ({}, {})
@@ -70,6 +72,7 @@ class RunSummary:
             "seconds_start": round(self.seconds_start, 1),
             "seconds_training": round(self.seconds_training, 1),
             "seed": self.seed,
+            "interrupted_at": self.interrupted_at,
             "exported_model": str(self.exported) if self.exported else None,
             "evaluations": [{"version": v, **m} for v, m in self.evaluations],
         }
@@ -108,6 +111,11 @@ def train(config: Config, inputs: Inputs | None = None) -> RunSummary:
         RunError: a failure that the run cannot survive.
     """
     inputs = inputs or prepare_inputs(config)
+    if inputs.resume is not None and step_of(inputs.resume) >= config.trainer.steps:
+        raise ConfigError(
+            f"{inputs.run_dir} has trained {step_of(inputs.resume)} steps already and trainer.steps is "
+            f"{config.trainer.steps}: nothing to do; raise trainer.steps, or choose another checkpoint.dir"
+        )
     began = time.monotonic()
     started_here = start_ray(config)
     run: Run | None = None
@@ -166,6 +174,8 @@ class Run:
             seconds_training=time.monotonic() - started,
             run_dir=self.inputs.run_dir,
             seed=self.config.trainer.seed,
+            interrupted_at=driver.interrupted_at,
+            steps=self.config.trainer.steps,
         )
         if self.config.checkpoint.export_final:
             summary.exported = self.inputs.run_dir / "model"

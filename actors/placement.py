@@ -85,7 +85,8 @@ def check_feasible(wanted: list[Role], nodes: list[dict[str, float]], strategy: 
                 raise ConfigError(
                     f"{role.name}: bundle {role.bundle} x {role.count} ({strategy}) does not fit the cluster\n"
                     + wanted_table(wanted, nodes)
-                    + "\nLower rollout.num_generators, learner.num_ranks or the CPUs per actor, or add nodes; on one "
+                    + "\nLower rollout.num_generators or learner.num_ranks, or the CPUs per actor "
+                    "(placement.generator_cpus, placement.verifier_cpus, learner.cpus_per_rank), or add nodes; on one "
                     "machine, ray.num_cpus=K lets Ray oversubscribe the cores."
                 )
             used.add(spot)

@@ -107,8 +107,7 @@ class RolloutConfig(Section):
 class AlgoConfig(Section):
     advantage: Advantage = "posterior_std"
     advantage_std_eps: float = Field(1e-6, gt=0)
-    # smaller |A| train with probability |A| / this, at this size; 0: all do; None: 0.3 for posterior_std, else 0
-    min_advantage: float | None = Field(None, ge=0)
+    min_advantage: float | None = Field(None, ge=0)  # smaller |A| train at this size, rarely; None: 0.3 or 0
     loss: Literal["clip", "decoupled", "cispo", "gspo", "reinforce"] = "decoupled"
     loss_length: Literal["constant", "sequence", "token"] = "constant"  # L: constant | |y| | tokens of batch
     clip_eps_low: float = Field(0.2, gt=0)
@@ -122,6 +121,8 @@ class AlgoConfig(Section):
 
     @property
     def smallest_advantage(self) -> float:
+        """Advantages below it train with probability |A| / it, at its size, and nothing is computed for the others: the
+        same expectation. Unless ``min_advantage`` is set, 0.3 for posterior_std and 0 (all train) for the others."""
         if self.min_advantage is not None:
             return self.min_advantage
         return 0.3 if self.advantage == "posterior_std" else 0.0

@@ -181,6 +181,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
     path = Path(config.path)
     looks_local = path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1
+    looks_local |= len(path.parts) > 1 and Path(path.parts[0]).is_dir()  # runs/modle is a typo, not a Hub name
     if not path.exists() and looks_local:
         raise ConfigError(
             f"model.path = {config.path} does not exist (looked in {Path.cwd()}); "

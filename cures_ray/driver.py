@@ -88,6 +88,7 @@ class Driver:
         self._canary_error = 0.0
         self._tokens, self._verify_seconds, self._step_began = 0, 0.0, time.monotonic()
         self._stopping = False
+        self.interrupted_at: int | None = None  # the version at which ``stop`` ended the run before its last step
 
     async def run(self) -> Accounting:
         """Train to the last step or to the end of the budget; returns the final, checked accounting."""
@@ -216,6 +217,7 @@ class Driver:
                 # that a resumed run is the same run
                 await self._checkpoint_at(step + 1, force=self._stopping)
             if self._stopping:
+                self.interrupted_at = None if last else step + 1
                 await self._observe(step + 1, metrics)
                 break
             began = time.monotonic()

@@ -104,6 +104,7 @@ def fingerprint(config: Config) -> dict[str, str]:
         "model.path": config.model.path,
         "data.train": config.data.train,
         "trainer.seed": str(config.trainer.seed),
+        "verifier.fn": config.verifier.fn,
         "curriculum": curriculum,
     }
 

@@ -7,11 +7,14 @@ python scripts/config_reference.py --check   # exit 1 when it is out of date
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, TARGET = ROOT / "cures_ray" / "config.py", ROOT / "docs" / "configuration.md"
+ALIASES: dict[str, str] = {}  # Method, Advantage -> their values
+
 HEADER = """# Configuration
 
 Every key with its type and default. Written by `python scripts/config_reference.py` from `cures_ray/config.py`.
@@ -27,6 +30,8 @@ def reference() -> str:
     for node in ast.parse(text).body:
         if isinstance(node, ast.ClassDef):
             classes[node.name] = node
+        elif isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Literal["):
+            ALIASES[ast.unparse(node.targets[0])] = ast.unparse(node.value).removeprefix("Literal[").removesuffix("]")
     parts = [HEADER]
     for field in classes["Config"].body:
         if isinstance(field, ast.AnnAssign):
@@ -38,13 +43,14 @@ def reference() -> str:
 
 def _row(section: str, field: ast.AnnAssign, lines: list[str]) -> str:
     comment = lines[(field.end_lineno or 1) - 1][field.end_col_offset or 0 :].strip().removeprefix("#").strip()
-    kind = ast.unparse(field.annotation).replace("Literal", "").strip("[]").replace("|", "or")
+    kind = re.sub(r"Literal\[(.*?)\]", r"\1", ast.unparse(field.annotation)).replace("|", "or")
+    kind = ALIASES.get(kind, kind)
     default, bounds = field.value, ""
     if isinstance(default, ast.Call):
         signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
         bounds = ", ".join(f"{signs[k.arg]} {ast.unparse(k.value)}" for k in default.keywords if k.arg in signs)
         default = default.args[0]
-    meaning = "; ".join(part for part in (comment.replace("|", "or"), bounds) if part)
+    meaning = "; ".join(part for part in (comment.replace("|", "\\|"), bounds) if part)
     return f"| `{section}.{ast.unparse(field.target)}` | {kind} | `{ast.unparse(default)}` | {meaning} |"
 
 

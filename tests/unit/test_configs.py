@@ -13,7 +13,7 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"
 def test_every_committed_config_parses_and_dry_runs(path):
     machine = ["ray.num_cpus=64", "ray.num_gpus=8"] if "8gpu" in path.stem else []  # the machine of its name
     config = load_config(path, machine)
-    text = dry_run(config, with_inputs=False)
+    text = "\n".join(dry_run(config, with_inputs=False))
     assert str(config.curriculum.rollouts_per_step) in text
 
 

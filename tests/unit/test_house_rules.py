@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,16 @@ def test_no_package_registry_is_named_in_the_repository():
         if path.suffix not in {".png", ".gif"} and path.is_file():
             text = path.read_text(errors="replace")
             assert not [h for h in hosts if h in text], name
+
+
+def test_documents_have_no_placeholders_and_no_dead_links():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text()
+        assert "@@" not in text, page.name
+        for link in re.findall(r"\]\(([^)#\s]+)", text):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_configuration_reference_is_up_to_date():
+    script = ROOT / "scripts" / "config_reference.py"
+    assert subprocess.run([sys.executable, str(script), "--check"], cwd=ROOT).returncode == 0
