@@ -155,7 +155,7 @@ async def test_stop_finishes_the_step_and_saves_a_checkpoint():
         await asyncio.sleep(0.001)
     world.driver.stop()
     accounting = await run
-    assert saved == [len(world.learner.batches)]
+    assert saved == [len(world.learner.batches)] and world.driver.interrupted_at == saved[0]
     assert accounting.in_flight > 0 or accounting.planned == accounting.trained
 
 
