@@ -25,7 +25,6 @@ from benchmarks.costs import Costs
 from benchmarks.judges import JUDGES, LocalVerifier
 from benchmarks.local_learner import LocalLearner
 from benchmarks.sampler import Sampler
-from cures_ray.base_model import BOX
 from cures_ray.config import Config
 from cures_ray.curriculum import Curriculum
 from cures_ray.data import curriculum_columns
@@ -51,6 +50,7 @@ from cures_ray.messages import (
 )
 from cures_ray.ports import GeneratorPort, VerifierPort
 from cures_ray.preflight import Inputs
+from cures_ray.tasks import TASKS
 
 MAX_BATCH = 1024  # rollouts sampled in one batch
 
@@ -260,14 +260,14 @@ class Recorder:
         self.notes.append(text)
 
 
-class ChainAccuracy:
-    """The exact accuracy of the chain task: the probability of the one right derivation up to the brace that closes the
-    box, without sampling noise. What follows it is not judged, so a policy that no longer stops is as accurate."""
+class ExactAccuracy:
+    """The exact accuracy of a task: the probability of the one right completion up to what closes its box or function,
+    without sampling noise. What follows it is not judged, so a policy that no longer stops is as accurate."""
 
-    def __init__(self, sampler: Sampler, rows: RowCache) -> None:
+    def __init__(self, sampler: Sampler, rows: RowCache, task: str) -> None:
         self.sampler = sampler
         self.prompts = [row.token_ids for row in rows.rows]
-        texts = [BOX + row.answer + "}" for row in rows.rows]
+        texts = [TASKS[task].gold(row.text, row.answer) for row in rows.rows]
         answers = sampler.tokenizer(texts, add_special_tokens=False)["input_ids"]
         self.answers = [np.array(ids, np.int32) for ids in answers]
 
@@ -277,9 +277,9 @@ class ChainAccuracy:
 
 
 class LocalEvaluator:
-    """The library's evaluator, its seconds kept apart, and the exact accuracy where the task allows it."""
+    """The library's evaluator, its seconds kept apart, and the exact accuracy if wanted."""
 
-    def __init__(self, evaluator: Evaluator, exact: ChainAccuracy | None, costs: Costs) -> None:
+    def __init__(self, evaluator: Evaluator, exact: ExactAccuracy | None, costs: Costs) -> None:
         self.evaluator, self.exact, self.costs = evaluator, exact, costs
 
     async def __call__(self, version: int, generators: Callable[[], list[GeneratorPort]]) -> dict[str, float]:
@@ -317,10 +317,10 @@ def run_in_process(
 
     Args:
         task: a key of ``JUDGES``.
-        exact: evaluate the exact accuracy too (task chain only).
+        exact: evaluate the exact accuracy too.
         coin: random rewards with this probability instead of verdicts (control).
         oracle: called with the curriculum and the true accuracy of every training prompt whenever the policy has
-            changed, free of charge (control; task chain only).
+            changed, free of charge (control).
         verifier: instead of the task's judge.
     """
     costs = Costs()
@@ -331,16 +331,16 @@ def run_in_process(
     learner.before_training = generator.drain
     train = RowCache(inputs.train)
     curriculum = make_curriculum(config, inputs)
-    before_plan = _oracle(oracle, ChainAccuracy(sampler, train), costs) if oracle is not None else None
+    before_plan = _oracle(oracle, ExactAccuracy(sampler, train, task), costs) if oracle is not None else None
     ledger = LocalLedger(curriculum, costs, before_plan)
     verifier = verifier or LocalVerifier(JUDGES[task], config.trainer.seed, coin)
     ports = Ports(ledger=ledger, fleet=LocalFleet(generator), verifier=verifier, learner=learner)
     evaluator = None
     if inputs.eval is not None:
         held_out = RowCache(inputs.eval)
-        chain = ChainAccuracy(sampler, held_out) if exact and task == "chain" else None
+        expected = ExactAccuracy(sampler, held_out, task) if exact else None
         plain = Evaluator(held_out, verifier, config.eval.samples_per_prompt, config.trainer.seed)
-        evaluator = LocalEvaluator(plain, chain, costs)
+        evaluator = LocalEvaluator(plain, expected, costs)
     recorder = Recorder()
     driver = Driver(config, train, ports, recorder, evaluate=evaluator)
     accounting = asyncio.run(driver.run())
@@ -361,7 +361,7 @@ def make_curriculum(config: Config, inputs: Inputs) -> Curriculum:
 
 
 def _oracle(
-    tell: Callable[[Curriculum, np.ndarray], None], accuracy: ChainAccuracy, costs: Costs
+    tell: Callable[[Curriculum, np.ndarray], None], accuracy: ExactAccuracy, costs: Costs
 ) -> Callable[[Curriculum, int], None]:
     seen = -1
 

@@ -6,7 +6,8 @@
              Dots make all prompts equally long, so that each step looks back by one fixed distance: with that the
              warm start takes a fifth of the samples.
 ``program``  small program synthesis: the values of an unknown function at x = 0, 1, 2, component by component
-             (``f(0,1,2)=3,5,7;1,9,33``) -> ``def f(x): return [2*x+3,8*x*x+1]``. Judged by running it on other x.
+             (``f(0,1,2)=+03+05+07;+01+09+33``) -> ``def f(x): return [2*x+3,8*x*x+1]``. Judged by running it on other
+             x. Values have two digits, and dots make all prompts equally long here too.
 
 Both are made of *facts* (one look-up in an operation table). A ``Skill`` is a partly wrong set of tables: a base
 model supervised on its derivations starts bimodal, many prompts near 0 and many near 1, with room to repair
@@ -17,6 +18,7 @@ prompts. Variant T: one misconception per (operation, operand), so that skills t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +29,7 @@ Variant = Literal["N", "T"]
 
 MODULUS = 13
 CHAIN_LEVELS = (1, 2, 3, 4, 5, 6)
+PROGRAM_LEVELS = (1, 2, 3, 4)
 MIX_CONCENTRATION = 0.4  # Dirichlet over the operations of one prompt: small = prompts of mostly one operation
 BOX = "\\boxed{"
 EXAMPLES = "f(0,1,2)="
@@ -68,6 +71,7 @@ class Task:
     levels: tuple[int, ...]
     max_new_tokens: int
     verifier: str  # verifier.fn
+    gold: Callable[[str, str], str]  # (rendered prompt, answer) -> the mistake-free completion, up to what closes it
 
 
 def generate(
@@ -187,13 +191,28 @@ def draw_program(rng: np.random.Generator, level: int, mix: float) -> Problem:
     families = list(PROGRAM_ERROR)
     drawn = rng.choice(families, size=level, p=rng.dirichlet([mix] * len(families)))
     facts = tuple((str(f), int(rng.choice(COEFFICIENTS)), int(rng.integers(10))) for f in drawn)
-    shown = ";".join(",".join(str(evaluate(fact, x)) for x in (0, 1, 2)) for fact in facts)
+    shown = ";".join("".join(f"{evaluate(fact, x):+03d}" for x in (0, 1, 2)) for fact in facts)
+    shown += "...." * (PROGRAM_LEVELS[-1] - level)  # a component is three tokens and a semicolon
     tests = {
         "fn_name": "f",
         "inputs": [[x] for x in HIDDEN_X],
         "outputs": [[evaluate(fact, x) for fact in facts] for x in HIDDEN_X],
     }
     return Problem(text=EXAMPLES + shown, answer=json.dumps(tests), level=level, facts=facts)
+
+
+def read_off(values: tuple[int, int, int]) -> tuple[str, int, int]:
+    """The fact with these values at x = 0, 1, 2."""
+    b, a = values[0], values[1] - values[0]
+    family = next(f for f in TERMS if evaluate((f, a, b), 2) == values[2])
+    return family, a, b
+
+
+def gold_program(text: str, answer: str) -> str:
+    shown = text.split(EXAMPLES)[1].split(".")[0].split("<")[0]
+    values = [tuple(int(v) for v in re.findall(r"[+-]\d\d", part)) for part in shown.split(";")]
+    parts = [f"{a}{TERMS[family]}{b}" for family, a, b in map(read_off, values)]  # type: ignore[arg-type]
+    return CODE_OPEN + ",".join(parts) + CODE_CLOSE
 
 
 def evaluate(fact: tuple[str, int, int], x: int) -> int:
@@ -237,13 +256,15 @@ TASKS: dict[str, Task] = {
         levels=CHAIN_LEVELS,
         max_new_tokens=12,
         verifier="math",
+        gold=lambda _, answer: BOX + answer + "}",
     ),
     "program": Task(
         draw=draw_program,
         skill=program_skill,
         solve=solve_program,
-        levels=(1, 2, 3, 4),
+        levels=PROGRAM_LEVELS,
         max_new_tokens=24,
         verifier="code",
+        gold=gold_program,
     ),
 }

@@ -13,7 +13,7 @@ from benchmarks import arms
 from benchmarks.analysis import by_arm
 from benchmarks.cell import Spec, run_cell
 from benchmarks.convergence import parser, write_report
-from benchmarks.inprocess import ChainAccuracy, RowCache, run_in_process
+from benchmarks.inprocess import ExactAccuracy, RowCache, run_in_process
 from benchmarks.judges import chain, program
 from benchmarks.sampler import Sampler
 from benchmarks.sweep import Sweep
@@ -166,7 +166,7 @@ def test_greedy_answers_are_the_most_likely_ones(bases):
 
 def test_the_exact_accuracy_is_what_sampling_measures(bases):
     sampler, rows = sampler_of(bases)
-    exact = ChainAccuracy(sampler, rows)().mean()
+    exact = ExactAccuracy(sampler, rows, "chain")().mean()
     groups = sampler.sample([request(row, 16, seed=i) for i, row in enumerate(rows.rows)])
     rewards = [chain(text, row) for group, row in zip(groups, rows.rows, strict=True) for *_, text in group]
     error = max(np.std(rewards), 0.02) / len(rewards) ** 0.5
