@@ -37,9 +37,17 @@ def test_a_program_agrees_with_its_examples_and_hidden_tests():
         exec(code.removeprefix("```python\n").removesuffix("\n```"), scope)  # our own text, not a model's
         tests = json.loads(problem.answer)
         assert [scope["f"](*arguments) for arguments in tests["inputs"]] == tests["outputs"]
-        shown = [[int(v) for v in part.split(",")] for part in problem.text.split("=")[1].split(";")]
+        parts = problem.text.split("=")[1].rstrip(".").split(";")
+        shown = [[int(part[i : i + 3]) for i in range(0, len(part), 3)] for part in parts]
         assert [list(column) for column in zip(*(scope["f"](x) for x in (0, 1, 2)), strict=True)] == shown
         assert len(shown) == problem.level
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_the_gold_completion_is_found_from_the_prompt(task):
+    for problem in generate(task, seed=5, count=200):
+        solved = TASKS[task].solve(problem, None, np.random.default_rng(0))
+        assert TASKS[task].gold(f"<|user|>{problem.text}<|assistant|>", problem.answer) == solved
 
 
 @pytest.mark.parametrize("task", list(TASKS))
