@@ -71,6 +71,7 @@ _ONLINE: Overrides = {  # CurES without pilots or resets: beliefs move with ever
     "curriculum.target_ess_fraction": 0.5,
     "algo.advantage": "grpo",
 }
+_SIGMA: Overrides = _ONLINE | {"curriculum.sampling": "uniform", "algo.advantage": "rloo"}
 _WIDE: Overrides = {  # 256 prompts x 1 rollout; the belief from before the step is the baseline
     "curriculum.method": "cures",
     "curriculum.prompts_per_step": 256,
@@ -131,6 +132,9 @@ ARMS: dict[str, Overrides] = {
     "cures_online_allocation": _ONLINE | {"curriculum.sampling": "uniform"},
     "cures_online_rloo": _ONLINE | {"algo.advantage": "rloo"},
     "cures_online_last_layer": _ONLINE | {"curriculum.sigma": "last_layer"},
+    # sigma where it matters: uniform prompts, unequal n_i, an advantage that is not divided by the prompt's spread
+    "sigma_bernoulli": _SIGMA,
+    "sigma_last_layer": _SIGMA | {"curriculum.sigma": "last_layer"},
     # wide batches, the posterior as the baseline
     "wide_mean": _WIDE | {"algo.advantage": "reinforce_pp"},  # control: the same batch, the batch mean as baseline
     "wide": _WIDE,
@@ -151,6 +155,7 @@ ARMS: dict[str, Overrides] = {
     },
 }
 # Controls outside the configuration. coin: rewards are coin flips. oracle: the belief is the true accuracy, free.
+# oracle_sigma: that, and the score moments are measured on many fresh rollouts, free.
 CONTROLS: dict[str, tuple[str, str]] = {  # control arm -> (arm, control)
     "random_grpo": ("grpo", "coin"),
     "random_wide": ("wide", "coin"),
@@ -160,6 +165,8 @@ CONTROLS: dict[str, tuple[str, str]] = {  # control arm -> (arm, control)
     "oracle_wide_cures": ("wide_cures", "oracle"),
     "oracle_wide": ("wide", "oracle"),
     "oracle_cures_wide": ("cures_wide", "oracle"),
+    "oracle_bernoulli": ("sigma_bernoulli", "oracle"),
+    "oracle_sigma": ("sigma_last_layer", "oracle_sigma"),
 }
 HEADLINE = ("grpo", "rpp", "gvm", "dapo", "mopps", "cures", "wide", "wide_cures", "cures_wide")
 
@@ -168,12 +175,14 @@ PLANNED_PER_TRAINED = {"dapo": 3.0, "speed": 3.0, "ada": 3.0}
 
 _PAPER_ARMS = [name for name, arm in ARMS.items() if arm.get("curriculum.pilot_rollouts") and name.startswith("cures")]
 
+_PROGRAM_RATES = {"*": 1e-3, **dict.fromkeys(("grpo", "rloo", "dr_grpo", "rpp", "rpp_baseline", "wide"), 5e-4)}
+
 # Learning rates by (task, variant): the label's own, else the arm's, else "*"; chosen in results/lr_sweep_*.json.
 LEARNING_RATES: dict[tuple[str, str], dict[str, float]] = {
     ("chain", "N"): {"*": 2e-3},
     ("chain", "T"): {"*": 2e-3, "dapo": 4e-3, **dict.fromkeys(("gvm", "gvm_raft", *_PAPER_ARMS), 1e-3)},
-    ("program", "N"): {"*": 2e-3},
-    ("program", "T"): {"*": 2e-3},
+    ("program", "N"): _PROGRAM_RATES,
+    ("program", "T"): _PROGRAM_RATES,
 }
 
 # The base model of a task: arguments of cures_ray.base_model.BaseModelSpec. vLLM on CPUs needs 32 dimensions a head.

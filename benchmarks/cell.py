@@ -6,12 +6,13 @@ accounting. It is written at the end in one rename, so a killed run leaves nothi
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import numpy as np
 from benchmarks.arms import BASES, arm_config, split_arm
 from cures_ray.config import Config
 from cures_ray.messages import ConfigError
+from cures_ray.tasks import TASKS
 
+BASES_FOLDER = Path("runs/bench/base")
 COST_AXES = {  # axis of the figures -> its heading
     "rollouts": "rollouts (all planned ones)",
     "generated_tokens": "generated tokens",
@@ -42,11 +45,47 @@ class Spec:
     budget: int  # rollouts, everything charged
     extra: dict[str, Any]  # overrides for all arms of the sweep
     base: str  # folder of the base model; made on first use
+    levels: list[int] = field(default_factory=list)  # difficulty mix of the prompts; []: every level of the task once
 
     @property
     def name(self) -> str:
         plain = "".join(c if c.isalnum() or c in "._=-" else "+" for c in self.label)
-        return f"{self.task}-{self.variant}-{plain}-s{self.seed}"
+        return f"{self.task}-{self.variant}{mix_suffix(self.levels)}-{plain}-s{self.seed}"
+
+
+def mix_suffix(levels: list[int]) -> str:
+    """[5, 6] -> "-levels5.6", for names of cells and base models."""
+    return "-levels" + ".".join(map(str, levels)) if levels else ""
+
+
+def add_task_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--task", choices=["chain", "program"], default="chain")
+    p.add_argument("--variant", choices=["N", "T"], default="T", help="N: little transfer between prompts; T: much")
+    p.add_argument("--levels", default="", help="difficulty mix, such as 5,6 or 1,1,2; default: all levels once")
+    p.add_argument("--bases", type=Path, default=BASES_FOLDER, help="where base models are made and kept")
+
+
+def spec_of(args: argparse.Namespace, label: str, seed: int, engine: str, extra: dict[str, Any]) -> Spec:
+    """The cell of ``add_task_arguments`` and ``--budget-rollouts``.
+
+    Raises:
+        ConfigError: unknown arm or level.
+    """
+    split_arm(label)
+    levels = [int(level) for level in args.levels.split(",") if level]
+    if unknown := sorted(set(levels) - set(TASKS[args.task].levels)):
+        raise ConfigError(f"--levels: task {args.task} has no levels {unknown}; it has {TASKS[args.task].levels}")
+    return Spec(
+        label=label,
+        seed=seed,
+        engine=engine,
+        task=args.task,
+        variant=args.variant,
+        budget=args.budget_rollouts,
+        extra=extra,
+        base=str(args.bases / f"{args.task}-{args.variant}{mix_suffix(levels)}-{seed}"),
+        levels=levels,
+    )
 
 
 def ensure_base(spec: Spec) -> float:
@@ -59,7 +98,10 @@ def ensure_base(spec: Spec) -> float:
     began = time.monotonic()
     made = folder.with_name(f".{folder.name}-{os.getpid()}")
     arguments: dict[str, Any] = dict(BASES[spec.task])
-    prepare(made, BaseModelSpec(task=spec.task, variant=spec.variant, seed=spec.seed, **arguments), log=_silent)
+    made_of = BaseModelSpec(
+        task=spec.task, variant=spec.variant, seed=spec.seed, levels=tuple(spec.levels) or None, **arguments
+    )
+    prepare(made, made_of, log=_silent)
     with suppress(OSError):  # another process was first
         made.rename(folder)
     return time.monotonic() - began
@@ -113,7 +155,8 @@ def _in_process(spec: Spec, config: Config) -> dict[str, Any]:
         inputs,
         spec.task,
         coin=COIN if control == "coin" else None,
-        oracle=tell_truth if control == "oracle" else None,
+        oracle=tell_truth if control.startswith("oracle") else None,
+        measure_sigma=control == "oracle_sigma",
     )
     return {
         "curve": join_curve(run.costs.marks, run.evaluations),

@@ -14,13 +14,11 @@ from typing import Any
 import yaml
 
 from benchmarks.analysis import ArmFigures, analyse
-from benchmarks.arms import HEADLINE, split_arm
-from benchmarks.cell import Spec
+from benchmarks.arms import HEADLINE
+from benchmarks.cell import Spec, add_task_arguments, spec_of
 from benchmarks.sweep import Sweep
 from cures_ray.config_load import known_keys
 from cures_ray.messages import ConfigError
-
-BASES_FOLDER = Path("runs/bench/base")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,10 +28,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", default="5", help="how many, or a list such as 10,11,12")
     p.add_argument("--budget-rollouts", type=int, default=25_600, help="per run, everything charged")
     p.add_argument("--engine", choices=["inprocess", "full"], default="inprocess")
-    p.add_argument("--task", choices=["chain", "program"], default="chain")
-    p.add_argument("--variant", choices=["N", "T"], default="T", help="N: little transfer between prompts; T: much")
+    add_task_arguments(p)
     p.add_argument("--out", type=Path, default=Path("runs/bench/convergence"))
-    p.add_argument("--bases", type=Path, default=BASES_FOLDER, help="where base models are made and kept")
     p.add_argument("--set", action="append", default=[], metavar="section.key=value", help="for all arms")
     p.add_argument("--jobs", type=int, default=1, help="cells at a time")
     p.add_argument("--cell-timeout-s", type=float, default=3600.0)
@@ -65,28 +61,13 @@ def make_specs(args: argparse.Namespace, labels: list[str]) -> list[Spec]:
     """All cells, seed by seed, so that a sweep that is cut short has complete pairs.
 
     Raises:
-        ConfigError: unknown arm or key, or the baseline is not among the methods.
+        ConfigError: unknown arm, key or level, or the baseline is not among the methods.
     """
-    for label in labels:
-        split_arm(label)
     if args.baseline not in labels:
         raise ConfigError(f"--methods must hold the baseline {args.baseline!r}")
     seeds = [int(s) for s in args.seeds.split(",") if s] if "," in args.seeds else list(range(int(args.seeds)))
     extra = parse_set(args.set)
-    return [
-        Spec(
-            label=label,
-            seed=seed,
-            engine=args.engine,
-            task=args.task,
-            variant=args.variant,
-            budget=args.budget_rollouts,
-            extra=extra,
-            base=str(args.bases / f"{args.task}-{args.variant}-{seed}"),
-        )
-        for seed in seeds
-        for label in labels
-    ]
+    return [spec_of(args, label, seed, args.engine, extra) for seed in seeds for label in labels]
 
 
 def parse_set(changes: list[str]) -> dict[str, Any]:
@@ -106,7 +87,8 @@ def write_report(args: argparse.Namespace, labels: list[str], records: list[dict
     from benchmarks.report_html import write_html
 
     figures: list[ArmFigures] = analyse(records, labels, args.baseline)
-    title = f"{args.task} {args.variant}, {args.engine} engine, {args.budget_rollouts} rollouts a run"
+    mix = f", levels {args.levels}" if args.levels else ""
+    title = f"{args.task} {args.variant}{mix}, {args.engine} engine, {args.budget_rollouts} rollouts a run"
     write_tables(args.out, figures, args.baseline, title, command)
     write_html(args.out, figures, records, args.baseline, title, command)
     _say((args.out / "table.md").read_text())

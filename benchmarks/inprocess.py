@@ -24,6 +24,7 @@ import numpy as np
 from benchmarks.costs import Costs
 from benchmarks.judges import JUDGES, LocalVerifier
 from benchmarks.local_learner import LocalLearner
+from benchmarks.oracle_sigma import MeasuredMoments, install
 from benchmarks.sampler import Sampler
 from cures_ray.config import Config
 from cures_ray.curriculum import Curriculum
@@ -311,6 +312,7 @@ def run_in_process(
     exact: bool = True,
     coin: float | None = None,
     oracle: Callable[[Curriculum, np.ndarray], None] | None = None,
+    measure_sigma: bool = False,
     verifier: VerifierPort | None = None,
 ) -> LocalRun:
     """Train ``config`` to its end.
@@ -321,6 +323,7 @@ def run_in_process(
         coin: random rewards with this probability instead of verdicts (control).
         oracle: called with the curriculum and the true accuracy of every training prompt whenever the policy has
             changed, free of charge (control).
+        measure_sigma: allocations get score moments of many fresh rollouts (control, benchmarks/oracle_sigma.py).
         verifier: instead of the task's judge.
     """
     costs = Costs()
@@ -331,6 +334,8 @@ def run_in_process(
     learner.before_training = generator.drain
     train = RowCache(inputs.train)
     curriculum = make_curriculum(config, inputs)
+    if measure_sigma:
+        install(curriculum, MeasuredMoments(learner, sampler, JUDGES[task], train.rows))
     before_plan = _oracle(oracle, ExactAccuracy(sampler, train, task), costs) if oracle is not None else None
     ledger = LocalLedger(curriculum, costs, before_plan)
     verifier = verifier or LocalVerifier(JUDGES[task], config.trainer.seed, coin)

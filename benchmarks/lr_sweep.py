@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.analysis import by_arm, curve_of
-from benchmarks.arms import HEADLINE, split_arm
-from benchmarks.cell import Spec
-from benchmarks.convergence import BASES_FOLDER, parse_set
+from benchmarks.arms import HEADLINE
+from benchmarks.cell import Spec, add_task_arguments, spec_of
+from benchmarks.convergence import parse_set
 from benchmarks.report import table
 from benchmarks.statistics import area, final_accuracy
 from benchmarks.sweep import Sweep
@@ -33,10 +33,8 @@ def main(argv: list[str]) -> int:
     p.add_argument("--seeds", default=SEEDS, help="never those of a table")
     p.add_argument("--budget-rollouts", type=int, default=25_600)
     p.add_argument("--engine", choices=["inprocess", "full"], default="inprocess")
-    p.add_argument("--task", choices=["chain", "program"], default="chain")
-    p.add_argument("--variant", choices=["N", "T"], default="T")
+    add_task_arguments(p)
     p.add_argument("--out", type=Path, default=Path("runs/bench/lr_sweep"))
-    p.add_argument("--bases", type=Path, default=BASES_FOLDER)
     p.add_argument("--set", action="append", default=[], metavar="section.key=value")
     p.add_argument("--jobs", type=int, default=1)
     p.add_argument("--minutes", type=float)
@@ -62,20 +60,9 @@ def main(argv: list[str]) -> int:
 
 def make_specs(args: argparse.Namespace) -> list[Spec]:
     methods = [m for m in args.methods.split(",") if m]
-    for method in methods:
-        split_arm(method)
     extra = parse_set(args.set)
     return [
-        Spec(
-            label=f"{method}@learner.lr={rate}",
-            seed=int(seed),
-            engine=args.engine,
-            task=args.task,
-            variant=args.variant,
-            budget=args.budget_rollouts,
-            extra=extra,
-            base=str(args.bases / f"{args.task}-{args.variant}-{seed}"),
-        )
+        spec_of(args, f"{method}@learner.lr={rate}", int(seed), args.engine, extra)
         for seed in args.seeds.split(",")
         for method in methods
         for rate in args.rates.split(",")

@@ -11,8 +11,7 @@ import shutil
 from pathlib import Path
 
 from benchmarks.arms import arm_config
-from benchmarks.cell import Spec, ensure_base
-from benchmarks.convergence import BASES_FOLDER
+from benchmarks.cell import Spec, add_task_arguments, ensure_base, spec_of
 
 
 def main(argv: list[str]) -> int:
@@ -20,35 +19,38 @@ def main(argv: list[str]) -> int:
     p.add_argument("--arm", default="cures_wide", help="how they are trained")
     p.add_argument("--seeds", default="0,1,2")
     p.add_argument("--budget-rollouts", type=int, default=51_200)
-    p.add_argument("--task", choices=["chain", "program"], default="chain")
-    p.add_argument("--variant", choices=["N", "T"], default="T")
-    p.add_argument("--bases", type=Path, default=BASES_FOLDER)
+    add_task_arguments(p)
     p.add_argument("--out", type=Path, default=Path("runs/bench/plateau"))
     args = p.parse_args(argv)
     for seed in map(int, args.seeds.split(",")):
-        name = f"{args.task}-{args.variant}-{seed}"
-        if not (args.out / name / "summary.json").exists():
-            train(args.arm, args.task, args.variant, seed, args.budget_rollouts, args.bases / name, args.out / name)
+        spec = spec_of(args, args.arm, seed, "inprocess", {})
+        out = args.out / Path(spec.base).name
+        if not (out / "summary.json").exists():
+            train(spec, out)
     return 0
 
 
-def train(arm: str, task: str, variant: str, seed: int, budget: int, base: Path, out: Path) -> None:
-    """Train the base model ``base`` (made where it lacks) and leave the result in ``out``."""
+def train(spec: Spec, out: Path) -> None:
+    """Train the base model of ``spec`` (made where it lacks) and leave the result in ``out``."""
     import torch
 
     from benchmarks.inprocess import run_in_process
     from cures_ray.preflight import prepare_inputs
 
     torch.set_num_threads(1)
-    spec = Spec(
-        label=arm, seed=seed, engine="inprocess", task=task, variant=variant, budget=budget, extra={}, base=str(base)
-    )
     ensure_base(spec)
-    extra = {"rollout.max_concurrent_rollouts": 1024}
     config = arm_config(
-        arm, task=task, variant=variant, seed=seed, budget=budget, base=str(base), run_dir=str(out), extra=extra
+        spec.label,
+        task=spec.task,
+        variant=spec.variant,
+        seed=spec.seed,
+        budget=spec.budget,
+        base=spec.base,
+        run_dir=str(out),
+        extra={"rollout.max_concurrent_rollouts": 1024},
     )
-    run = run_in_process(config, prepare_inputs(config, claim_run_dir=False, test_verifier=False), task)
+    base = Path(spec.base)
+    run = run_in_process(config, prepare_inputs(config, claim_run_dir=False, test_verifier=False), spec.task)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copytree(base / "model", out / "model", dirs_exist_ok=True)  # the tokenizer's files
     run.learner.policy.lm.save_pretrained(out / "model")
@@ -56,6 +58,6 @@ def train(arm: str, task: str, variant: str, seed: int, budget: int, base: Path,
         shutil.copy(base / name, out / name)
     curve = [round(m.get("eval/expected_accuracy", m["eval/greedy_accuracy"]), 4) for _, m in run.evaluations]
     (out / "summary.json").write_text(
-        json.dumps({"arm": arm, "budget": budget, "base": str(base), "curve": curve}) + "\n"
+        json.dumps({"arm": spec.label, "budget": spec.budget, "base": str(base), "curve": curve}) + "\n"
     )
     print(f"{out}: accuracy {curve[0]:.3f} -> {curve[-1]:.3f}", flush=True)

@@ -132,7 +132,7 @@ class Sweep:
         for path in (self._path(spec), self._path(spec, ".failed.json")):
             if path.exists():
                 record = json.loads(path.read_text())
-                if record["spec"] == asdict(spec):
+                if Spec(**record["spec"]) == spec:
                     return record
         return None
 

@@ -42,6 +42,7 @@ class BaseModelSpec:
     task: str = "chain"
     variant: str = "T"
     seed: int = 0
+    levels: tuple[int, ...] | None = None  # difficulty mix of the prompts, None: every level; the model is the same
     prompts: int = 2048
     eval_prompts: int = 400
     sft_steps: int = 240
@@ -248,9 +249,13 @@ def prepare(folder: str | Path, spec: BaseModelSpec, log: Any = print) -> dict[s
     folder, started = Path(folder), time.monotonic()
     try:
         (folder / "model").mkdir(parents=True, exist_ok=True)
-        train = generate(spec.task, seed=spec.seed, count=spec.prompts)
+        train = generate(spec.task, seed=spec.seed, count=spec.prompts, levels=spec.levels)
         held_out = generate(
-            spec.task, seed=spec.seed + 1_000_003, count=spec.eval_prompts, exclude={p.text for p in train}
+            spec.task,
+            seed=spec.seed + 1_000_003,
+            count=spec.eval_prompts,
+            levels=spec.levels,
+            exclude={p.text for p in train},
         )
     except OSError as error:
         raise ConfigError(f"--out {folder} cannot be written: {error}; choose another folder") from None
@@ -322,7 +327,12 @@ def main(argv: list[str]) -> int:
     ):
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, dest=name, type=int, default=getattr(default, name), help=text)
+    parser.add_argument("--levels", default="", help="difficulty mix, such as 5,6 or 1,1,2; default: all levels once")
     args = vars(parser.parse_args(argv))
-    out = args.pop("out")
-    prepare(out, BaseModelSpec(**args), log=lambda line: print(line, flush=True))
+    out, levels = args.pop("out"), args.pop("levels")
+    try:
+        mix = tuple(int(level) for level in levels.split(",") if level) or None
+    except ValueError:
+        raise ConfigError(f"--levels {levels}: not numbers separated by commas") from None
+    prepare(out, BaseModelSpec(levels=mix, **args), log=lambda line: print(line, flush=True))
     return 0

@@ -13,8 +13,11 @@ from benchmarks import arms
 from benchmarks.analysis import by_arm
 from benchmarks.cell import Spec, run_cell
 from benchmarks.convergence import parser, write_report
-from benchmarks.inprocess import ExactAccuracy, RowCache, run_in_process
+from benchmarks.costs import Costs
+from benchmarks.inprocess import ExactAccuracy, RowCache, make_curriculum, run_in_process
 from benchmarks.judges import chain, program
+from benchmarks.local_learner import LocalLearner
+from benchmarks.oracle_sigma import MeasuredMoments, install
 from benchmarks.sampler import Sampler
 from benchmarks.sweep import Sweep
 from cures_ray.base_model import BOX, BaseModelSpec, prepare
@@ -137,6 +140,29 @@ def test_random_rewards_gain_nothing(bases, tmp_path, label):
     rewards = [p["reward"] for p in record["plans"]]
     assert abs(float(np.mean(rewards)) - 0.5) < 0.07  # 512 coins: three standard deviations
     assert record["curve"][-1]["sampled"] - record["curve"][0]["sampled"] < 0.03
+
+
+def test_the_sigma_oracle_measures_what_the_policy_does(bases):
+    config = config_of(spec(bases, "sigma_last_layer"))
+    inputs = prepare_inputs(config, claim_run_dir=False, test_verifier=False)
+    sampler, rows = sampler_of(bases)
+    measured = MeasuredMoments(LocalLearner(config, Costs()), sampler, chain, rows.rows)
+    curriculum = make_curriculum(config, inputs)
+    install(curriculum, measured)
+    index = np.arange(12)
+    first, second = curriculum.pool.belief.moments(index), curriculum.pool.belief.moments(index)
+    assert measured.calls == 2
+    assert first.m_minus.shape == (12,)
+    assert np.isfinite(first.m_minus).all()  # a base model that knows little fails on every prompt now and then
+    assert (first.m_minus != second.m_minus).any()  # fresh rollouts
+    assert np.corrcoef(first.m_minus, second.m_minus)[0, 1] > 0.8  # of the same prompts
+    with pytest.raises(ValueError, match="last_layer"):
+        install(make_curriculum(config_of(spec(bases, "sigma_bernoulli")), inputs), measured)
+
+
+def test_the_sigma_oracle_runs_as_an_arm(bases, tmp_path):
+    record = run_cell(spec(bases, "oracle_sigma", budget=128), tmp_path)
+    assert record["accounting"]["trained"] == 128
 
 
 @pytest.mark.parametrize("eta", [0, 1, 2])
