@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from actors.adapters import RayFleet, RayLedger, RayVerifiers
+from actors.adapters import RayFleet, RayLedger, RayVerifiers, answer
 from actors.generator import GeneratorActor
 from actors.learner import LearnerGroup
 from actors.ledger import LedgerActor, write_columns
@@ -31,6 +31,7 @@ from cures_ray.evaluate import Evaluator
 from cures_ray.messages import Accounting, ConfigError
 from cures_ray.metrics import RunLog
 from cures_ray.preflight import Inputs, prepare_inputs
+from cures_ray.sample_log import SampleLog
 
 QUIET = {
     "PYTHONWARNINGS": "ignore",
@@ -243,7 +244,13 @@ class Run:
 
     def _evaluator(self, ports: Ports) -> Evaluator:
         prompts = self.inputs.eval if self.inputs.eval is not None else self.inputs.train
-        return Evaluator(prompts, ports.verifier, self.config.eval.samples_per_prompt, self.config.trainer.seed)
+        c = self.config
+        samples = SampleLog(
+            self.inputs.run_dir / "samples.jsonl",
+            c.eval.logged_samples,
+            lambda payload: answer(payload, "samples", c.rollout.timeout_s),
+        )
+        return Evaluator(prompts, ports.verifier, c.eval.samples_per_prompt, c.trainer.seed, samples)
 
     async def _save(self, version: int, ports: Ports, evaluator: Evaluator) -> None:
         async def write(folder: Path) -> None:

@@ -178,6 +178,7 @@ class EvalConfig(Section):
     interval: int = Field(10, ge=0)  # optimizer steps; 0: never
     samples_per_prompt: int = Field(0, ge=0)  # besides greedy
     before_training: bool = True
+    logged_samples: int = Field(8, ge=0)  # prompts whose greedy answers go to samples.jsonl at every evaluation
 
 
 class CheckpointConfig(Section):

@@ -11,6 +11,7 @@ import numpy as np
 
 from cures_ray.messages import GenerationRequest, PromptRow, RunError
 from cures_ray.ports import GeneratorPort, VerifierPort, WorkerLost
+from cures_ray.sample_log import SampleLog
 
 Metrics = dict[str, float]
 RETRIES = 5
@@ -31,12 +32,18 @@ class Evaluator:
     Args:
         samples_per_prompt: draws at the training temperature besides the greedy answer; 0 for none.
         seed: the draws' seed; the same at every version, so that curves are paired.
+        samples: where the greedy answers to the first prompts are written.
     """
 
     def __init__(
-        self, prompts: EvalPrompts, verifier: VerifierPort, samples_per_prompt: int = 0, seed: int = 0
+        self,
+        prompts: EvalPrompts,
+        verifier: VerifierPort,
+        samples_per_prompt: int = 0,
+        seed: int = 0,
+        samples: SampleLog | None = None,
     ) -> None:
-        self.prompts, self.verifier = prompts, verifier
+        self.prompts, self.verifier, self.samples = prompts, verifier, samples
         self.samples_per_prompt, self.seed = samples_per_prompt, seed
         self.history: list[tuple[int, Metrics]] = []
 
@@ -45,7 +52,7 @@ class Evaluator:
         kinds = ["greedy", "sampled"] if self.samples_per_prompt else ["greedy"]
         metrics: Metrics = {"eval/version": float(version)}
         for kind in kinds:
-            tasks = [self._score(i, kind == "greedy", generators, limit) for i in range(len(self.prompts))]
+            tasks = [self._score(version, i, kind == "greedy", generators, limit) for i in range(len(self.prompts))]
             scores = np.array(await asyncio.gather(*tasks))
             metrics |= {f"eval/{kind}_{name}": value for name, value in self._summaries(scores).items()}
         # a resumed run measures its start again
@@ -65,7 +72,12 @@ class Evaluator:
         return result
 
     async def _score(
-        self, index: int, greedy: bool, generators: Callable[[], list[GeneratorPort]], limit: asyncio.Semaphore
+        self,
+        version: int,
+        index: int,
+        greedy: bool,
+        generators: Callable[[], list[GeneratorPort]],
+        limit: asyncio.Semaphore,
     ) -> float:
         """Mean reward of one prompt; a lost generator's prompt goes to another."""
         row = self.prompts.row(index)
@@ -84,6 +96,8 @@ class Evaluator:
                 except (WorkerLost, TimeoutError):
                     await asyncio.sleep(2.0**attempt)
                     continue
+                if greedy and self.samples is not None and index < self.samples.count:
+                    await self.samples.write(version, row, payload, verdicts[0])
                 rewards = [v.reward for v in verdicts if not v.is_fault]
                 return float(np.mean(rewards)) if rewards else float("nan")
         raise RunError(f"evaluation: prompt {row.prompt_id} could not be generated in {RETRIES} attempts")

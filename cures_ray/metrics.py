@@ -34,6 +34,17 @@ COLUMNS = [
 ]
 
 
+NOTHING_TO_LEARN = {  # mean reward of a batch -> what its rollouts were, and where to look
+    0.0: (
+        "wrong",
+        "Read RUN/samples.jsonl: does the model answer in the form that verifier.fn expects, within "
+        "rollout.max_new_tokens? Else the prompts are too hard for it.",
+    ),
+    1.0: ("right", "The prompts are solved, or verifier.fn accepts anything: read RUN/samples.jsonl."),
+}
+SILENT_STEPS = 5  # batches in a row without one right, or one wrong, rollout before it is said
+
+
 class RunLog:
     """The driver's Observer. Files are appended to, so that a resumed run continues its curves."""
 
@@ -43,6 +54,7 @@ class RunLog:
         self._tensorboard = _tensorboard(run_dir) if config.logging.tensorboard else None
         self._wandb = _wandb(config, run_dir) if config.logging.wandb else None
         self._view = ProgressView(config.logging.progress, self.total, out or sys.stdout)
+        self._silent = {0.0: 0, 1.0: 0}  # batch reward -> batches in a row with it
 
     def step(self, step: int, metrics: Metrics, histograms: dict[str, np.ndarray]) -> None:
         if self._jsonl:
@@ -59,6 +71,16 @@ class RunLog:
         if self._wandb:
             self._wandb.log(_plain(metrics), step=step)
         self._view.step(step, metrics)
+        self._warn(step, metrics.get("rollout/reward"))
+
+    def _warn(self, step: int, reward: float | None) -> None:
+        """Say it once when batches hold nothing to learn from."""
+        if reward is None:
+            return
+        for value, (what, advice) in NOTHING_TO_LEARN.items():
+            self._silent[value] = self._silent[value] + 1 if reward == value else 0
+            if self._silent[value] == SILENT_STEPS:
+                self.note(f"step {step}: every rollout of the last {SILENT_STEPS} batches was {what}. {advice}")
 
     def note(self, text: str) -> None:
         self._view.note(text)

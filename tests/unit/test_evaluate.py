@@ -1,9 +1,13 @@
+import json
+
 import numpy as np
 import pytest
 from fakes import FakeFleet, FakeVerifier, Prompts
 
 from cures_ray.evaluate import Evaluator
 from cures_ray.messages import RunError
+from cures_ray.ports import WorkerLost
+from cures_ray.sample_log import SampleLog
 
 
 def ready(fleet: FakeFleet):
@@ -52,3 +56,26 @@ async def test_an_evaluation_without_any_generator_ends_with_an_error(monkeypatc
     monkeypatch.setattr("cures_ray.evaluate.RETRIES", 1)
     with pytest.raises(RunError, match="could not be generated"):
         await Evaluator(Prompts(3), FakeVerifier())(0, lambda: [])
+
+
+async def test_the_first_greedy_answers_are_written_for_people(tmp_path):
+    prompts = Prompts(10)
+
+    calls = []
+
+    async def fetch(payload):
+        calls.append(payload)
+        if len(calls) == 1:
+            raise WorkerLost("gone")
+        return payload
+
+    samples = SampleLog(tmp_path / "samples.jsonl", 3, fetch)
+    evaluator = Evaluator(prompts, FakeVerifier(), samples_per_prompt=2, samples=samples)
+    generators = ready(FakeFleet(prompts))
+    await evaluator(0, generators)
+    await evaluator(4, generators)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["version"] for line in lines] == [0, 0, 4, 4, 4]  # a lost payload costs its line only
+    later = [line for line in lines if line["version"] == 4]
+    assert {line["prompt_id"] for line in later} == {prompts.row(i).prompt_id for i in range(3)}
+    assert all(line["outcome"] in ("correct", "incorrect") and isinstance(line["completion"], str) for line in later)

@@ -54,3 +54,15 @@ def test_a_run_has_a_picture(tmp_path):
     log.step(1, RECORD | {"eval/greedy_accuracy": 0.2}, {})
     log.close()
     assert draw_run(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_batches_without_anything_to_learn_are_said_once(tmp_path):
+    out = io.StringIO()
+    log = RunLog(small_config(logging={"progress": "lines"}), tmp_path, out)
+    for step, reward in enumerate([0.0] * 4 + [0.1] + [0.0] * 12 + [1.0] * 5):
+        log.step(step, RECORD | {"rollout/reward": reward}, {})
+    log.close()
+    notes = [line for line in out.getvalue().splitlines() if "batches was" in line]
+    assert len(notes) == 2
+    assert notes[0].startswith("step 9: every rollout of the last 5 batches was wrong") and "samples.jsonl" in notes[0]
+    assert notes[1].startswith("step 21: every rollout of the last 5 batches was right")
