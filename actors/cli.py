@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 from cures_ray.messages import ConfigError, RunError
@@ -18,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="cures", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"cures-ray {version('cures-ray')}")
     parser.add_argument("command", choices=list(COMMANDS), help="; ".join(f"{k}: {v[1]}" for k, v in COMMANDS.items()))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see cures COMMAND --help")
     known = parser.parse_args(argv)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from cures_ray.config import DataConfig, ModelConfig, VerifierConfig
+from cures_ray.config import Config, VerifierConfig
+from cures_ray.config_load import load_config
 from cures_ray.data import PromptTable, load_prompts, load_tokenizer
 from cures_ray.messages import ConfigError, Verdict
 
@@ -24,27 +25,31 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="cures eval", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="Hugging Face folder or name")
     parser.add_argument("--data", required=True, help="JSONL, Parquet or data set name")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--max-prompt-tokens", type=int, default=1024)
-    parser.add_argument("--samples", type=int, default=1, help="1: greedy; more: that many draws at temperature 1")
-    parser.add_argument("--verifier", default="math", help='"math", "code" or "module:function"')
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument(
+        "--samples", type=int, default=1, help="1: greedy; more: that many draws at rollout.temperature"
+    )
+    parser.add_argument("--config", type=Path, help="the configuration of the training run: prompts, lengths, verifier")
     parser.add_argument("--json", type=Path, help="also write the result here")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="such as data.system_prompt=..., rollout.max_new_tokens=256, verifier.fn=code",
+    )
+    args = parser.parse_intermixed_args(argv)
     if args.samples < 1:
         raise ConfigError(f"--samples = {args.samples}: at least 1 is needed")
-    tokenizer = load_tokenizer(ModelConfig(path=args.model))
-    data = DataConfig(train=args.data, eval=args.data, max_prompt_tokens=args.max_prompt_tokens)
-    prompts = load_prompts(data, tokenizer, "eval")
-    texts = _generate(args, prompts)
-    result = _score(prompts, texts, VerifierConfig(fn=args.verifier))
+    config = load_config(args.config, [*args.overrides, f"model.path={args.model}", f"data.eval={args.data}"])
+    prompts = load_prompts(config.data, load_tokenizer(config.model), "eval")
+    texts = _generate(config, prompts, args.samples)
+    result = _score(prompts, texts, config.verifier)
     print(json.dumps(result, indent=1))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
-def _generate(args: argparse.Namespace, prompts: PromptTable) -> list[list[str]]:
+def _generate(config: Config, prompts: PromptTable, samples: int) -> list[list[str]]:
     """Completions per prompt."""
     import torch
 
@@ -54,20 +59,20 @@ def _generate(args: argparse.Namespace, prompts: PromptTable) -> list[list[str]]
     from transformers import AutoConfig
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    limit = AutoConfig.from_pretrained(args.model).get_text_config().max_position_embeddings
-    if args.max_prompt_tokens >= limit:
-        args.max_prompt_tokens = limit // 2
+    model, new = config.model.path, config.rollout.max_new_tokens
+    limit = AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
     cache: dict[str, Any] = {"kv_cache_memory_bytes": 256 << 20} if cpu else {}
     engine = LLM(
-        model=args.model,
-        dtype=args.dtype,
-        max_model_len=min(args.max_prompt_tokens + args.max_new_tokens, limit),
+        model=model,
+        dtype=config.rollout.dtype,
+        max_model_len=min(config.data.max_prompt_tokens + new, limit),
         enforce_eager=cpu,
         disable_log_stats=True,
         **cache,
     )
-    temperature = 0.0 if args.samples == 1 else 1.0
-    params = SamplingParams(temperature=temperature, n=args.samples, max_tokens=args.max_new_tokens, seed=0)
+    params = SamplingParams(
+        temperature=0.0 if samples == 1 else config.rollout.temperature, n=samples, max_tokens=new, seed=0
+    )
     rows = [prompts.row(i) for i in range(len(prompts))]
     outputs = engine.generate([TokensPrompt(prompt_token_ids=r.token_ids.tolist()) for r in rows], params)
     return [[c.text for c in o.outputs] for o in outputs]

@@ -69,22 +69,23 @@ def known_keys() -> list[str]:
     return keys
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read ``path`` (.yaml, .yml or .toml), apply ``section.key=value`` overrides, validate.
+def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read ``path`` (.yaml, .yml or .toml; None: the defaults), apply ``section.key=value`` overrides, validate.
 
     Raises:
         ConfigError: missing or unreadable file, malformed override, unknown key (with the nearest known
             one), value out of bounds, or an unsatisfiable combination. All problems are listed at once.
     """
-    tree = _read_tree(Path(path))
+    tree = _read_tree(Path(path)) if path is not None else {}
+    where = path or "on the command line"
     for override in overrides:
         _apply_override(tree, override)
-    _reject_unknown(tree, str(path))
+    _reject_unknown(tree, str(where))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         lines = [_explain(e) for e in error.errors()]
-        raise ConfigError(f"configuration {path}:\n  " + "\n  ".join(lines)) from None
+        raise ConfigError(f"configuration {where}:\n  " + "\n  ".join(lines)) from None
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
