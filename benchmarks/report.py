@@ -55,10 +55,10 @@ def accuracy_table(figures: list[ArmFigures]) -> str:
                 str(f.failed) if f.failed else "",
                 f"{f.explain['learning_rate']:g}",
                 f"{f.start:.3f}",
-                interval(f.final),
+                interval(f.final, seeds=f.seeds),
                 f"{f.greedy:.3f}",
-                interval(f.difference["rollouts"], signed=True),
-                interval(f.area["rollouts"], signed=True),
+                interval(f.difference["rollouts"], seeds=f.seeds, signed=True),
+                interval(f.area["rollouts"], seeds=f.seeds, signed=True),
             ]
         )
     return table(header, rows)
@@ -101,10 +101,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
-def interval(value: Interval | None, *, signed: bool = False) -> str:
+def interval(value: Interval | None, *, seeds: int, signed: bool = False) -> str:
     if value is None:
         return "–"
     sign = "+" if signed else ""
+    if seeds == 1:  # one run has no spread to show
+        return f"{value.mid:{sign}.3f}"
     return f"{value.mid:{sign}.3f} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
 
 

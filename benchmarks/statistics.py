@@ -63,7 +63,9 @@ class Speedup:
         if self.censored == self.seeds:
             return f"never (< {self.ratio.mid:.2f})"
         bound = "≤ " if self.censored else ""
-        line = f"{bound}{self.ratio.mid:.2f} [{self.ratio.low:.2f}, {self.ratio.high:.2f}]"
+        line = f"{bound}{self.ratio.mid:.2f}"
+        if self.seeds > 1:  # one run has no spread to show
+            line += f" [{self.ratio.low:.2f}, {self.ratio.high:.2f}]"
         return line + (f" ({self.censored}/{self.seeds} never)" if self.censored else "")
 
 

@@ -17,6 +17,8 @@ from tiny_model import write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.learner import LearnerGroup
+from benchmarks.costs import Costs
+from benchmarks.local_learner import LocalLearner
 from cures_ray.config import Config
 from cures_ray.messages import ConfigError, Rollout, RolloutGroup, RunError, TrainingBatch, TrainingGroup
 
@@ -144,6 +146,30 @@ def test_loss_and_gradient_equal_plain_autograd_over_the_whole_batch(world):
         metrics = world.train(group, world.batches[:1])[0].metrics
         assert metrics["loss"] == pytest.approx(loss, rel=1e-4), (ranks, stage)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4), (ranks, stage)
+
+
+def test_the_benchmarks_learner_in_process_makes_the_same_updates(world):
+    """Same batches, same weights after two AdamW steps with warm-up and clipping: DeepSpeed against torch."""
+    settings = {"warmup_steps": 3, "adam_beta2": 0.999, "max_grad_norm": 0.5, "zero_stage": 1}
+    algo = {"loss": "clip", "is_correction": "none"}
+    group = world.build(1, algo=algo, **settings)
+    theirs = world.train(group)
+    local = LocalLearner(world.config(1, algo=algo, **settings), Costs())
+    unwrapped = [
+        replace(b, groups=tuple(replace(g, payload=ray.get(g.payload)) for g in b.groups)) for b in world.batches
+    ]
+    ours = [asyncio.run(local.train(batch)) for batch in unwrapped]
+    for a, b in zip(theirs, ours, strict=True):
+        assert a.metrics["grad_norm"] == pytest.approx(b.metrics["grad_norm"], rel=1e-4)
+        assert a.metrics["loss"] == pytest.approx(b.metrics["loss"], rel=1e-3, abs=1e-6)
+        assert a.metrics["lr"] == pytest.approx(b.metrics["lr"])
+    weights = publish(group)[1]
+    start = load_file(world.model / "model.safetensors")
+    for name, value in local.policy.lm.state_dict().items():
+        if name in weights and name in start:
+            moved = (weights[name] - start[name]).abs().max()
+            assert moved > 1e-4, name
+            assert (weights[name] - value).abs().max() < 0.02 * moved, name
 
 
 def test_two_ranks_of_every_zero_stage_equal_one_rank(world):
