@@ -38,10 +38,9 @@ def prepare_inputs(config: Config, *, claim_run_dir: bool = True, test_verifier:
     notes: list[str] = []
     run_dir = Path(config.checkpoint.dir)
     resume: Path | None = None
-    problems: list[str] = []
     if claim_run_dir:
-        resume, problems = claim(run_dir, config)
-        notes += [f"checkpoint passed over: {p}" for p in problems]
+        resume, remarks = claim(run_dir, config)
+        notes += remarks
     tokenizer = load_tokenizer(config.model)
     train = load_prompts(config.data, tokenizer, "train")
     notes.append(f"train: {train.report}")
@@ -62,7 +61,8 @@ def prepare_inputs(config: Config, *, claim_run_dir: bool = True, test_verifier:
 
 
 def claim(run_dir: Path, config: Config) -> tuple[Path | None, list[str]]:
-    """Make ``run_dir`` this run's own folder, or find the checkpoint to resume in it.
+    """Make ``run_dir`` this run's own folder, or find the checkpoint to resume in it, and what is worth a remark:
+    checkpoints that were passed over, settings that differ from those of the last start.
 
     Raises:
         ConfigError: not writable, holds another run, or holds a run that ``checkpoint.resume`` = none would
@@ -80,12 +80,25 @@ def claim(run_dir: Path, config: Config) -> tuple[Path | None, list[str]]:
             _check_same_run(record, identity, config)
         store = CheckpointStore(run_dir, config.checkpoint.keep)
         resume, problems = store.resolve(config.checkpoint.resume)
+        remarks = [f"checkpoint passed over: {p}" for p in problems]
+        if resume is not None and record.exists():
+            remarks += changed_settings(json.loads(record.read_text())["config"], config.model_dump(mode="json"))
         if resume is None and (run_dir / "metrics.jsonl").exists():
             _set_aside(run_dir)
-        record.write_text(json.dumps({"identity": identity, "config": config.model_dump()}, indent=1))
+        record.write_text(json.dumps({"identity": identity, "config": config.model_dump(mode="json")}, indent=1))
     except OSError as error:
         raise ConfigError(f"checkpoint.dir = {run_dir} cannot be written: {error}; choose another folder") from None
-    return resume, problems
+    return resume, remarks
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One remark a key whose value a resumed run changes."""
+    return [
+        f"resumed with another {section}.{key}: {old.get(section, {}).get(key)} before, {value} now"
+        for section, values in new.items()
+        for key, value in values.items()
+        if key in old.get(section, {}) and old[section][key] != value
+    ]
 
 
 def holds_run(run_dir: Path) -> bool:
@@ -128,6 +141,6 @@ def _set_aside(run_dir: Path) -> None:
     number = 1 + sum(1 for _ in run_dir.glob("abandoned-*"))
     target = run_dir / f"abandoned-{number}"
     target.mkdir()
-    for name in ("metrics.jsonl", "tensorboard", "ledger"):
+    for name in ("metrics.jsonl", "samples.jsonl", "tensorboard", "ledger"):
         if (run_dir / name).exists():
             (run_dir / name).rename(target / name)

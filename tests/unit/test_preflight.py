@@ -4,7 +4,7 @@ import pytest
 from fakes import small_config
 
 from cures_ray.messages import ConfigError
-from cures_ray.preflight import claim
+from cures_ray.preflight import changed_settings, claim
 
 
 def config(folder, **checkpoint):
@@ -69,3 +69,10 @@ def test_a_try_that_trained_nothing_leaves_the_folder_free_for_other_settings(tm
     assert claim(tmp_path, other)[0] is None
     assert json.loads((tmp_path / "run.json").read_text())["identity"]["model.path"] == "other"
     assert (tmp_path / "abandoned-1" / "metrics.jsonl").exists()
+
+
+def test_a_resumed_run_says_which_settings_changed(tmp_path):
+    record = json.loads(json.dumps(config(tmp_path).model_dump(mode="json")))
+    assert changed_settings(record, config(tmp_path).model_dump(mode="json")) == []
+    other = small_config(learner={"lr": 0.5}, checkpoint={"dir": str(tmp_path), "interval": 0})
+    assert "resumed with another learner.lr: 1e-06 before, 0.5 now" in changed_settings(record, other.model_dump())
