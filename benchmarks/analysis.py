@@ -22,6 +22,7 @@ from benchmarks.statistics import (
 
 FRACTIONS = {"50 %": 0.5, "80 %": 0.8, "95 %": 0.95, "best": 1.0}  # of the baseline's gain
 GEN_TO_TRAIN = {"1:10": 0.1, "1:3": 1 / 3, "1:1": 1.0, "3:1": 3.0, "10:1": 10.0}  # c_gen : c_train
+START_BATCHES = 5  # whose share of mixed groups says how informative the prompts are for the base model
 BOOTSTRAP_SEED = 20251001
 
 Record = dict[str, Any]
@@ -130,6 +131,9 @@ def _explanation(runs: list[Record]) -> dict[str, float]:
         if "curriculum" in seconds:
             work = sum(v for k, v in seconds.items() if k != "evaluation")
             rows["curriculum_share_of_seconds"].append(seconds["curriculum"] / work)
+        first = [p["mixed_share"] for p in record["plans"][:START_BATCHES] if "mixed_share" in p]
+        if first:
+            rows["mixed_share_at_start"].append(float(np.mean(first)))
         for key in ("distinct_prompts", "largest_n", "mixed_share", "ess_fraction", "tau"):
             values = [p[key] for p in record["plans"] if key in p]
             if values:

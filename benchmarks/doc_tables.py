@@ -12,7 +12,7 @@ A table in a document is a comment that says what it shows, the table, and an en
 
 and the command that made a result, between ``<!-- command NAME -->`` and ``<!-- end command -->``.
 
-A line after ``columns`` is an arm of the result file, or ``TITLE = ARM``. A column is the name of a figure without its
+A line after ``columns`` is an arm of the result file, or ``TITLE = ARM``, or ``TITLE = OTHER_RESULT:ARM``. A column is the name of a figure without its
 arm, ``seeds``, or ``mean/NAME`` for the mean of an arm's explanation. ``COLUMN as HEADING`` gives it a heading.
 """
 

@@ -85,6 +85,7 @@ def explanation_table(figures: list[ArmFigures]) -> str:
         "rollouts_per_update": "rollouts per update",
         "trained_share": "trained share",
         "pilot_share": "pilot share",
+        "mixed_share_at_start": "share in mixed groups at the start",
         "mixed_share": "share in mixed groups",
         "distinct_prompts": "distinct prompts a step",
         "largest_n": "largest n",

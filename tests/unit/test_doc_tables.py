@@ -30,6 +30,7 @@ def results(tmp_path) -> Path:
         "rows": [*runs, {"arm": "grpo", "explain": {"tau": 0.25}}],
     }
     (tmp_path / "one.json").write_text(json.dumps(content))
+    (tmp_path / "two.json").write_text(json.dumps(content | {"figures": {}}))
     return tmp_path
 
 
@@ -37,12 +38,14 @@ def test_a_table_is_made_from_its_comment(results):
     spec = """columns: seeds, final_sampled as final, difference/rollouts, speedup/rollouts/best as best, mean/tau as τ
     GRPO = grpo
     b@x=1
+    elsewhere = two:grpo
     """
     assert render("one", spec, results).splitlines() == [
         "| arm | seeds | final | difference/rollouts | best | τ |",
         "|---|---|---|---|---|---|",
         "| GRPO | 2 | 0.500 [0.400, 0.600] | – | – | 0.25 |",
         "| b@x=1 | 2 | 0.600 [0.500, 0.700] | +0.100 [-0.100, +0.200] | ≤ 1.50 [1.20, 2.00] (1/2 never) | – |",
+        "| elsewhere | 2 | – | – | – | 0.25 |",
     ]
 
 
