@@ -12,8 +12,9 @@ A table in a document is a comment that says what it shows, the table, and an en
 
 and the command that made a result, between ``<!-- command NAME -->`` and ``<!-- end command -->``.
 
-A line after ``columns`` is an arm of the result file, or ``TITLE = ARM``, or ``TITLE = OTHER_RESULT:ARM``. A column is the name of a figure without its
-arm, ``seeds``, or ``mean/NAME`` for the mean of an arm's explanation. ``COLUMN as HEADING`` gives it a heading.
+A line after ``columns`` is an arm of the result file, or ``TITLE = ARM``, or ``TITLE = OTHER_RESULT:ARM``. A column is
+the name of a figure without its arm, ``seeds``, or ``mean/NAME`` for the mean of an arm's explanation.
+``COLUMN as HEADING`` gives it a heading.
 """
 
 from __future__ import annotations
@@ -76,12 +77,13 @@ def render(name: str, spec: str, folder: Path = RESULTS) -> str:
     heads = [column.split(" as ")[-1] for column in columns]
     rows = []
     for line in lines[1:]:
-        title, _, arm = line.rpartition(" = ")
-        if arm not in result.seeds:
-            raise ConfigError(
-                f"table {name}: the result has no finished run of {arm!r}; it has {', '.join(result.seeds)}"
-            )
-        rows.append([title or arm, *(cell(result, arm, key) for key in keys)])
+        title, _, place = line.rpartition(" = ")
+        other, _, arm = place.rpartition(":")
+        source = load(other, folder) if other else result
+        if arm not in source.seeds:
+            known = ", ".join(source.seeds)
+            raise ConfigError(f"table {name}: {other or name} has no finished run of {arm!r}; it has {known}")
+        rows.append([title or arm, *(cell(source, arm, key) for key in keys)])
     return table(["arm", *heads], rows)
 
 
