@@ -11,6 +11,7 @@ BENCHMARKS = {  # subcommand -> (module with main(argv), what it measures)
     "sweep": ("benchmarks.lr_sweep", "the same learning-rate sweep for every method, on seeds of its own"),
     "plateau": ("benchmarks.plateau", "base models that have been trained to a plateau, for the collapse question"),
     "tables": ("benchmarks.doc_tables", "the tables of the documents, from the committed results"),
+    "map": ("benchmarks.map_picture", "one picture over several results: when the curriculum pays"),
     "compare": ("benchmarks.compare", "two result files; fails on a regression beyond the recorded spread"),
     "ledger-scale": ("benchmarks.ledger_scale", "the curriculum at up to a million prompts"),
     "verifier": ("benchmarks.verifier", "verdicts per second"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.doc_tables import fill, main, render
+from benchmarks.map_picture import draw
 from cures_ray.messages import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,3 +76,13 @@ def test_the_documents_show_what_the_results_hold(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert main(["--check"]) == 0, "run: cures bench tables"
     capsys.readouterr()
+
+
+def test_the_map_is_drawn_from_results_and_says_what_is_missing(results):
+    with pytest.raises(ConfigError, match="no figure b@x=1/speedup/rollouts/50"):
+        draw({"a": "one:b@x=1"}, "rollouts", results / "map.png", results)
+    content = json.loads((results / "one.json").read_text())
+    content["figures"] |= {f"b@x=1/speedup/rollouts/{f}": [1.0, 1.2, 1.5] for f in ("50", "80")}
+    (results / "three.json").write_text(json.dumps(content))
+    draw({"a": "three:b@x=1"}, "rollouts", results / "map.png", results)
+    assert (results / "map.png").read_bytes()[:4] == b"\x89PNG"
