@@ -9,7 +9,8 @@ import shutil
 import signal
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,17 @@ def start_ray(config: Config) -> bool:
     return True
 
 
+@contextmanager
+def own_ray(config: Config) -> Iterator[None]:
+    """``start_ray`` for the length of a block; ended afterwards if it was started here."""
+    started_here = start_ray(config)
+    try:
+        yield
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
 def train(config: Config, inputs: Inputs | None = None) -> RunSummary:
     """Run ``config`` to its end. Blocks; SIGINT and SIGTERM end the run after a checkpoint.
 
@@ -118,16 +130,12 @@ def train(config: Config, inputs: Inputs | None = None) -> RunSummary:
             f"{config.trainer.steps}: nothing to do; raise trainer.steps, or choose another checkpoint.dir"
         )
     began = time.monotonic()
-    started_here = start_ray(config)
-    run: Run | None = None
-    try:
+    with own_ray(config):
         run = Run(config, inputs)
-        return asyncio.run(run.execute(began))
-    finally:
-        if run is not None:
+        try:
+            return asyncio.run(run.execute(began))
+        finally:
             run.teardown()
-        if started_here:
-            ray.shutdown()
 
 
 class Run:

@@ -107,17 +107,10 @@ def ensure_base(spec: Spec) -> float:
     return time.monotonic() - began
 
 
-def run_cell(spec: Spec, run_dir: Path) -> dict[str, Any]:
-    """Run ``spec`` and return its record.
-
-    Raises:
-        ConfigError, RunError: as training does.
-    """
-    seconds_base = ensure_base(spec)
-    extra = dict(spec.extra)
-    if spec.engine == "inprocess":
-        extra = {"rollout.max_concurrent_rollouts": 1024} | extra
-    config = arm_config(
+def config_of(spec: Spec, run_dir: Path) -> Config:
+    """The resolved configuration of a cell."""
+    in_process: dict[str, Any] = {"rollout.max_concurrent_rollouts": 1024} if spec.engine == "inprocess" else {}
+    return arm_config(
         spec.label,
         task=spec.task,
         variant=spec.variant,
@@ -125,8 +118,18 @@ def run_cell(spec: Spec, run_dir: Path) -> dict[str, Any]:
         budget=spec.budget,
         base=spec.base,
         run_dir=str(run_dir),
-        extra=extra,
+        extra=in_process | spec.extra,
     )
+
+
+def run_cell(spec: Spec, run_dir: Path) -> dict[str, Any]:
+    """Run ``spec`` and return its record.
+
+    Raises:
+        ConfigError, RunError: as training does.
+    """
+    seconds_base = ensure_base(spec)
+    config = config_of(spec, run_dir)
     began = time.monotonic()
     record = _in_process(spec, config) if spec.engine == "inprocess" else _full(spec, config)
     return {

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cures_ray.config import Config
+from cures_ray.config import Config, RayConfig
 from cures_ray.messages import Rollout, RolloutGroup, TrainingBatch, TrainingGroup
 
 MAX_TOKENS = 4096  # of a micro-batch
@@ -212,30 +210,18 @@ def _spread(values: np.ndarray) -> list[float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    import ray
-
+    from actors.launch import own_ray
     from benchmarks.results_file import write_result
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="measured steps of each, at least 5")
     options = parser.parse_args(arguments)
-    root = str(Path(__file__).resolve().parents[1])
-    path = {"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}", "PYTHONWARNINGS": "ignore"}
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=200 << 20,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": path},
-    )
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with own_ray(Config(ray=RayConfig(num_cpus=2))), tempfile.TemporaryDirectory() as folder:
         for case in CASES:
             rows.append(asyncio.run(measure(case, Path(folder), max(5, options.repeats))))
             rows[-1]["autograd_error"] = autograd_error(case)
             print(rows[-1], flush=True)
-    ray.shutdown()
     figures: dict[str, Any] = {f"overhead_{r['case']}": r["overhead"] for r in rows}
     figures |= {f"share_{r['case']}": r["share"] for r in rows}
     figures |= {f"step_seconds_{r['case']}": r["step_seconds"] for r in rows}

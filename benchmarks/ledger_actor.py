@@ -8,7 +8,6 @@ which the same clients call a method that does nothing (``ping``): what Ray itse
 from __future__ import annotations
 
 import asyncio
-import logging
 import tempfile
 import time
 import uuid
@@ -20,9 +19,11 @@ import numpy as np
 import ray
 
 from actors.adapters import RayLedger
+from actors.launch import own_ray
 from actors.ledger import LedgerActor, write_columns
 from benchmarks.ledger_cycle import CLIENTS, Row, config
 from benchmarks.ledger_scale import settlement
+from cures_ray.config import Config, RayConfig
 from cures_ray.messages import CommitReport
 
 
@@ -96,15 +97,8 @@ async def _measure(handle: Any, size: int, repeats: int, seconds: float) -> list
 
 def measure_actor(sizes: list[int], repeats: int, seconds: float) -> list[Row]:
     """One row per (size, repeat), from a Ray that is started and ended here."""
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=400 << 20,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
     rows: list[Row] = []
-    try:
+    with own_ray(Config(ray=RayConfig(num_cpus=2))):
         for size in sizes:
             with tempfile.TemporaryDirectory() as folder:
                 actor: Any = ray.remote(LedgerActor).options(num_cpus=0)
@@ -113,6 +107,4 @@ def measure_actor(sizes: list[int], repeats: int, seconds: float) -> list[Row]:
                 ray.get(handle.ping.remote())
                 rows += asyncio.run(_measure(handle, size, repeats, seconds))
                 ray.kill(handle)
-    finally:
-        ray.shutdown()
     return rows

@@ -10,8 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from benchmarks.arms import arm_config
-from benchmarks.cell import Spec, add_task_arguments, ensure_base, spec_of
+from benchmarks.cell import Spec, add_task_arguments, config_of, ensure_base, spec_of
 
 
 def main(argv: list[str]) -> int:
@@ -39,16 +38,7 @@ def train(spec: Spec, out: Path) -> None:
 
     torch.set_num_threads(1)
     ensure_base(spec)
-    config = arm_config(
-        spec.label,
-        task=spec.task,
-        variant=spec.variant,
-        seed=spec.seed,
-        budget=spec.budget,
-        base=spec.base,
-        run_dir=str(out),
-        extra={"rollout.max_concurrent_rollouts": 1024},
-    )
+    config = config_of(spec, out)
     base = Path(spec.base)
     run = run_in_process(config, prepare_inputs(config, claim_run_dir=False, test_verifier=False), spec.task)
     out.mkdir(parents=True, exist_ok=True)

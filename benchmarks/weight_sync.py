@@ -10,7 +10,6 @@ which bounds the share of a real step from above.
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
 import time
 from pathlib import Path
@@ -21,10 +20,11 @@ import ray
 import torch
 
 from actors.generator import GeneratorActor
+from actors.launch import own_ray
 from actors.weights import shm_folder, write_shm
 from benchmarks.results_file import spread, write_result
 from cures_ray.base_model import BaseModelSpec, build_model, build_tokenizer
-from cures_ray.config import Config
+from cures_ray.config import Config, RayConfig
 from cures_ray.messages import GenerationRequest, PromptRow, SyncReport, WeightUpdate
 
 SIZES = {"2M": BaseModelSpec(hidden=256, layers=2, heads=8), "30M": BaseModelSpec(hidden=576, layers=7, heads=9)}
@@ -140,17 +140,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7, help="measured pairs of batches per model, 5 or more")
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
     args = parser.parse_args(argv)
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=200 << 20,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    try:
+    with own_ray(Config(ray=RayConfig(num_cpus=2))):
         rows = [row for name in args.sizes for row in measure(name, SIZES[name], args.repeats)]
-    finally:
-        ray.shutdown()
     figures: dict[str, list[float]] = {}
     for name in args.sizes:
         figures |= summarize(name, [r for r in rows if r["model"] == name])

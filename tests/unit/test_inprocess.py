@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import arms
 from benchmarks.analysis import by_arm
-from benchmarks.cell import Spec, run_cell
+from benchmarks.cell import Spec, config_of, run_cell
 from benchmarks.convergence import parser, write_report
 from benchmarks.costs import Costs
 from benchmarks.inprocess import ExactAccuracy, RowCache, make_curriculum, run_in_process
@@ -21,7 +20,6 @@ from benchmarks.oracle_sigma import MeasuredMoments, install
 from benchmarks.sampler import Sampler
 from benchmarks.sweep import Sweep
 from cures_ray.base_model import BOX, BaseModelSpec, prepare
-from cures_ray.config import Config
 from cures_ray.messages import GenerationRequest, Outcome, PromptRow
 from cures_ray.preflight import prepare_inputs
 from cures_ray.rewards import verify_math
@@ -64,21 +62,8 @@ def spec(bases: Path, label: str, seed: int = 0, budget: int = 256, **extra) -> 
     )
 
 
-def config_of(one: Spec) -> Config:
-    return arms.arm_config(
-        one.label,
-        task=one.task,
-        variant=one.variant,
-        seed=one.seed,
-        budget=one.budget,
-        base=one.base,
-        run_dir="unused",
-        extra=one.extra,
-    )
-
-
 def sampler_of(bases: Path) -> tuple[Sampler, RowCache]:
-    inputs = prepare_inputs(config_of(spec(bases, "grpo")), claim_run_dir=False, test_verifier=False)
+    inputs = prepare_inputs(config_of(spec(bases, "grpo"), Path("unused")), claim_run_dir=False, test_verifier=False)
     from actors.learner_engine import load_model
 
     return Sampler(load_model(inputs.config), inputs.tokenizer, 1.0, 12), RowCache(inputs.train)
@@ -143,7 +128,7 @@ def test_random_rewards_gain_nothing(bases, tmp_path, label):
 
 
 def test_the_sigma_oracle_measures_what_the_policy_does(bases):
-    config = config_of(spec(bases, "sigma_last_layer"))
+    config = config_of(spec(bases, "sigma_last_layer"), Path("unused"))
     inputs = prepare_inputs(config, claim_run_dir=False, test_verifier=False)
     sampler, rows = sampler_of(bases)
     measured = MeasuredMoments(LocalLearner(config, Costs()), sampler, chain, rows.rows)
@@ -157,7 +142,7 @@ def test_the_sigma_oracle_measures_what_the_policy_does(bases):
     assert (first.m_minus != second.m_minus).any()  # fresh rollouts
     assert np.corrcoef(first.m_minus, second.m_minus)[0, 1] > 0.8  # of the same prompts
     with pytest.raises(ValueError, match="last_layer"):
-        install(make_curriculum(config_of(spec(bases, "sigma_bernoulli")), inputs), measured)
+        install(make_curriculum(config_of(spec(bases, "sigma_bernoulli"), Path("unused")), inputs), measured)
 
 
 def test_the_sigma_oracle_runs_as_an_arm(bases, tmp_path):
@@ -167,7 +152,7 @@ def test_the_sigma_oracle_runs_as_an_arm(bases, tmp_path):
 
 @pytest.mark.parametrize("eta", [0, 1, 2])
 def test_staleness_is_what_the_driver_makes_it(bases, eta):
-    config = config_of(spec(bases, "grpo", budget=384, **{"async_rl.max_staleness": eta}))
+    config = config_of(spec(bases, "grpo", budget=384, **{"async_rl.max_staleness": eta}), Path("unused"))
     inputs = prepare_inputs(config, claim_run_dir=False, test_verifier=False)
     run = run_in_process(config, inputs, "chain")
     lags = [step["staleness/max"] for step in run.steps]
