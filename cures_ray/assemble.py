@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cures_ray.advantages import compute_advantages, overlong_penalty, thinned, token_weights
+from cures_ray.advantages import compute_advantages, overlong_penalty, thinned, thinning_level, token_weights
 from cures_ray.config import Config
 from cures_ray.messages import (
     BatchEntry,
@@ -48,13 +48,19 @@ class _Leased:
 
 
 def assemble(
-    plan: BatchPlan, groups: dict[int, VerifiedGroup], config: Config, version: int
+    plan: BatchPlan,
+    groups: dict[int, VerifiedGroup],
+    config: Config,
+    version: int,
+    train_cost: float | None = None,
 ) -> tuple[TrainingBatch, CommitReport]:
     """The training batch of ``plan`` and its commit report.
 
     ``groups``: lease_id -> (summary, payload, fault bool [n]). ``version`` is the policy version before the
     step: a rollout whose oldest token is more than ``max_staleness`` versions behind is discarded as STALE.
     The objective's m is inside Lease.weight, so filtered and zero-variance prompts stay in the denominator.
+    ``train_cost``: of a rollout, in units of generating one; when given, advantages are thinned by it and not by
+    ``algo.min_advantage``.
 
     Raises:
         RunError: a summary does not have as many rollouts as its plan entry.
@@ -65,7 +71,7 @@ def assemble(
     for leased in leases:
         by_prompt.setdefault(leased.entry.lease.prompt_id, []).append(leased)
     prompts = [merged for merged in by_prompt.values() if any(one.trained.any() for one in merged)]
-    batch = TrainingBatch(step=version, groups=_training_groups(prompts, groups, config, version))
+    batch = TrainingBatch(step=version, groups=_training_groups(prompts, groups, config, version, train_cost))
     trained = {one.entry.lease.lease_id: int(one.trained.sum()) for one in leases}
     discarded = {one.entry.lease.lease_id: one.discarded for one in leases if one.discarded}
     return batch, CommitReport(batch=plan.batch, trained=trained, discarded=discarded)
@@ -100,7 +106,11 @@ def _sort_out(entry: BatchEntry, group: VerifiedGroup | None, oldest: int) -> _L
 
 
 def _training_groups(
-    prompts: list[list[_Leased]], groups: dict[int, VerifiedGroup], config: Config, version: int
+    prompts: list[list[_Leased]],
+    groups: dict[int, VerifiedGroup],
+    config: Config,
+    version: int,
+    train_cost: float | None,
 ) -> tuple[TrainingGroup, ...]:
     """One TrainingGroup a lease with trained rollouts; baseline and n_i over all leases of its prompt."""
     algo, limit = config.algo, config.rollout.max_new_tokens
@@ -116,9 +126,12 @@ def _training_groups(
         algo.advantage_std_eps,
         whiten=not algo.kl_in_reward,
     )
-    if algo.smallest_advantage:
+    smallest = algo.smallest_advantage
+    if train_cost is not None:
+        smallest = thinning_level(advantages, train_cost, overlap=config.async_rl.max_staleness > 0)
+    if smallest:
         rng = np.random.default_rng([config.trainer.seed, version, THINNING])
-        advantages = thinned(advantages, algo.smallest_advantage, rng)
+        advantages = thinned(advantages, smallest, rng)
     weights = token_weights(
         algo.loss_length,
         # all leases of a prompt carry the prompt's weight; it counts once

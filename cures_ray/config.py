@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Method = Literal["uniform", "cures", "gvm", "dapo", "speed", "mopps", "reinforce_ada", "knapsack"]
 Advantage = Literal[
@@ -108,6 +108,7 @@ class AlgoConfig(Section):
     advantage: Advantage = "posterior_std"
     advantage_std_eps: float = Field(1e-6, gt=0)
     min_advantage: float | None = Field(None, ge=0)  # smaller |A| train at this size, rarely; None: 0.3 or 0
+    train_cost: float | Literal["measured"] | None = None  # of a rollout, generating one = 1; sets min_advantage
     loss: Literal["clip", "decoupled", "cispo", "gspo", "reinforce"] = "decoupled"
     loss_length: Literal["constant", "sequence", "token"] = "constant"  # L: constant | |y| | tokens of batch
     clip_eps_low: float = Field(0.2, gt=0)
@@ -118,6 +119,13 @@ class AlgoConfig(Section):
     kl_in_reward: bool = False  # REINFORCE++: subtract k1 from the reward instead of adding k3 to the loss
     updates_per_batch: int = Field(1, ge=1)  # optimizer steps on one batch (PPO epochs)
     overlong_penalty_tokens: int = Field(0, ge=0)  # DAPO soft overlong punishment over the last tokens
+
+    @field_validator("train_cost")
+    @classmethod
+    def _above_zero(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, float | int) and value <= 0:
+            raise ValueError('a cost above 0, "measured" or None is expected')
+        return value
 
     @property
     def smallest_advantage(self) -> float:

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from cures_ray.assemble import assemble
+from cures_ray.bottleneck import Bottleneck
 from cures_ray.config import Config
 from cures_ray.messages import (
     Accounting,
@@ -87,6 +88,7 @@ class Driver:
         self._moved, self._last, self._doing = time.monotonic(), "start", "starting"
         self._canary_error = 0.0
         self._tokens, self._verify_seconds, self._step_began = 0, 0.0, time.monotonic()
+        self._bottleneck = Bottleneck(config.algo.train_cost)
         self._stopping = False
         self.interrupted_at: int | None = None  # the version at which ``stop`` ended the run before its last step
 
@@ -203,14 +205,21 @@ class Driver:
                 break
             idle = time.monotonic() - began
             groups = self._take_groups(plan)
-            batch, commit = assemble(plan, groups, self.config, step)
+            batch, commit = assemble(plan, groups, self.config, step, self._bottleneck.train_cost)
             self._doing = f"learner: optimizer step {step}"
             report = await self.ports.learner.train(batch) if batch.rollouts else _skipped(step)
             self._progress(f"optimizer step {step}")
             await self._finish_evaluation()  # it measures this version: weights may not change under it
             accounting = await self.ports.ledger.commit(replace(commit, gradient_statistics=report.gradient_statistics))
             accounting.check()
-            metrics = step_metrics(plan, groups, report, accounting, step) | self._measured(idle)
+            metrics = step_metrics(plan, groups, batch, report, accounting, step)
+            metrics |= self._measured(idle)
+            self._bottleneck.observe(
+                generate_seconds=metrics["time/step_s"] - metrics["time/generator_idle_s"],
+                generated=sum(len(e.rewards) for e in plan.entries),
+                train_seconds=metrics.get("learner/seconds", 0.0),
+                computed=round(metrics["learner/computed_share"] * batch.rollouts),
+            )
             last = step + 1 == self.config.trainer.steps
             if self._stopping or not last:
                 # before generators get leases again: with max_staleness = 0 nothing of the next batch has begun, so

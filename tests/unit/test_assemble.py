@@ -129,3 +129,17 @@ def test_with_kl_in_the_reward_whitening_is_left_to_the_learner():
 def test_a_summary_that_does_not_fit_its_plan_is_refused():
     with pytest.raises(RunError, match="lease 1"):
         run([entry(1, [1, 0])], {1: group(1, 3)})
+
+
+def test_a_train_cost_thins_instead_of_min_advantage():
+    prompts = [chr(97 + i) for i in range(26)]
+    entries = [entry(i, [i % 3 == 0], prompt=p, alpha=1.0 + i, beta=9.0) for i, p in enumerate(prompts)]
+    groups = {i: group(i, 1) for i in range(26)}
+    plan = BatchPlan(batch=3, prompts=26, entries=tuple(entries), metrics={})
+    setting = config(advantage="posterior_std", min_advantage=0.0)
+
+    def nonzero(cost: float | None) -> int:
+        batch, _ = assemble(plan, groups, setting, 3, cost)
+        return sum(int((g.advantages != 0).sum()) for g in batch.groups)
+
+    assert nonzero(None) == 26 > nonzero(1000.0)

@@ -42,6 +42,15 @@ async def test_asynchronous_training_generates_while_the_learner_works():
     assert max(world.learner.active_while_training) > 0
 
 
+@pytest.mark.parametrize(("cost", "most"), [(1e6, 0.9), ("measured", 1.0), (None, 1.0)])
+async def test_a_train_cost_decides_how_much_the_learner_computes(cost, most):
+    world = World(small_config(algo={"advantage": "posterior_std", "train_cost": cost}), seconds=0.01)
+    accounting = await world.driver.run()
+    assert accounting.trained == 6 * 32  # thinned rollouts are trained ones: their gradient is zero in this draw
+    shares = [m["learner/computed_share"] for _, m in world.observer.steps if "learner/computed_share" in m]
+    assert len(shares) == 6 and 0 < np.mean(shares) <= most
+
+
 async def test_synchronous_runs_are_repeatable():
     runs = []
     for _ in range(2):
