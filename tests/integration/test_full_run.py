@@ -81,7 +81,7 @@ def _safely(run_dir):
 def test_a_run_through_all_real_actors_conserves_survives_a_kill_and_resumes(base, tmp_path, ray_session):
     run_dir = tmp_path / "run"
     killer = kill_a_generator_when(run_dir, 2)
-    summary = train(small_run(base, run_dir, trainer={"steps": 6}))
+    summary = train(small_run(base, run_dir, trainer={"steps": 6}, algo={"train_cost": "measured"}))
     killer.join(timeout=1)
     assert not killer.is_alive(), "the generator was never killed"
 
@@ -102,12 +102,16 @@ def test_a_run_through_all_real_actors_conserves_survives_a_kill_and_resumes(bas
     saved = json.loads((run_dir / "summary.json").read_text())
     assert saved["planned"] == summary.accounting.planned and saved["held_out_accuracy_after"] is not None
 
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert {s["version"] for s in samples} == {0, 4, 6} and all(s["prompt"] and s["answer"] for s in samples)
+
     folder, problems = CheckpointStore(run_dir).newest_intact()
     assert step_of(folder) == 6 and not problems
     again = {"trainer": {"steps": 8}, "rollout": {"num_generators": 1}, "placement": {"use_gpu": "auto"}}
     resumed = train(small_run(base, run_dir, **again))  # on Ray's GPUs, which are logical ones here
     assert [r["step"] for r in records(run_dir) if "rollout/reward" in r] == list(range(1, 9))
     assert resumed.accounting.planned > summary.accounting.planned
+    assert any("resumed with another trainer.steps: 6 before, 8 now" in r.get("note", "") for r in records(run_dir))
     assert resumed.accounting.in_flight == 0
     assert [version for version, _ in resumed.evaluations] == [0, 4, 6, 8]
 
