@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.analysis import GEN_TO_TRAIN, ArmFigures, Record, by_arm, curves
+from benchmarks.arms import display
 from benchmarks.cell import COST_AXES
 from benchmarks.statistics import band
 
@@ -27,7 +28,7 @@ def accuracy_curves(records: list[Record], labels: list[str], axis: str, metric:
             continue
         cost, mean, low, high = band(list(curves(arms[label], axis, metric).values()))
         color = _color(i)
-        ax.plot(cost, mean, color=color, label=label, linewidth=1.8)
+        ax.plot(cost, mean, color=color, label=display(label), linewidth=1.8)
         ax.fill_between(cost, low, high, color=color, alpha=0.1, linewidth=0)
     ax.set_xlabel(COST_AXES[axis])
     ax.set_ylabel(f"held-out accuracy ({metric})")
@@ -58,10 +59,10 @@ def speedup_bars(figures: list[ArmFigures], axis: str, fractions: tuple[str, ...
             )
             ax.plot([ratio.low, ratio.high], [where, where], color="black", linewidth=1)
     ax.axvline(1.0, color="black", linewidth=0.8)
-    ax.set_yticks(range(len(shown)), [f.label for f in shown], fontsize=8)
+    ax.set_yticks(range(len(shown)), [display(f.label) for f in shown], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel(f"speed-up by {COST_AXES[axis]} (hatched: upper bound)")
-    ax.legend(title="of the baseline's gain", fontsize=7, title_fontsize=7)
+    ax.legend(title="of the baseline's gain", fontsize=7, title_fontsize=7, loc="lower right")
     return _png(figure)
 
 
@@ -73,7 +74,7 @@ def cost_map_lines(figures: list[ArmFigures], kind: str) -> bytes:
         if not f.seeds:
             continue
         values = [f.cost_map[kind][name].ratio for name in GEN_TO_TRAIN]
-        ax.plot(ratios, [v.mid if v else np.nan for v in values], marker="o", color=_color(i), label=f.label)
+        ax.plot(ratios, [v.mid if v else np.nan for v in values], marker="o", color=_color(i), label=display(f.label))
     ax.set_xscale("log")
     ax.set_xticks(ratios, list(GEN_TO_TRAIN))
     ax.axhline(1.0, color="black", linewidth=0.8)

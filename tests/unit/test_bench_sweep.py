@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cli
-from benchmarks.arms import ARMS, CONTROLS, HEADLINE, arm_config, split_arm
+from benchmarks.arms import ARMS, CONTROLS, HEADLINE, arm_config, display, split_arm
 from benchmarks.cell import COST_AXES, Spec, full_marks, join_curve
 from benchmarks.compare import compare, less_is_better
 from benchmarks.convergence import make_specs, parser, write_report
@@ -244,3 +244,17 @@ def test_compare_exits_with_one_on_a_regression(tmp_path, capsys):
     assert "worse" in capsys.readouterr().out
     with pytest.raises(ConfigError):
         cli.main(["compare", str(tmp_path / "missing.json"), str(tmp_path / "old.json")])
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [
+        ("grpo", "grpo"),
+        ("random_grpo", "random_grpo"),
+        ("grpo@prompts_per_step=64@learner.lr=1.4e-3", "grpo, 64 × 4"),
+        ("cures_wide@prompts_per_step=1024@rollouts_per_step=1024@learner.warmup_steps=2", "cures_wide, 1024 × 1"),
+        ("cures_wide@target_ess_fraction=0.75", "cures_wide, target_ess_fraction 0.75"),
+    ],
+)
+def test_pictures_show_short_names(label, shown):
+    assert display(label) == shown
