@@ -14,6 +14,7 @@ and the command that made a result, between ``<!-- command NAME -->`` and ``<!--
 
 A line after ``columns`` is an arm of the result file, or ``TITLE = ARM``, or ``TITLE = OTHER_RESULT:ARM``. A column is
 the name of a figure without its arm, ``seeds``, or ``mean/NAME`` for the mean of an arm's explanation.
+``greedy@ROLLOUTS`` is the mean greedy accuracy of the arm's runs at that cost, with its range over seeds.
 ``COLUMN as HEADING`` gives it a heading.
 """
 
@@ -26,6 +27,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.report import table
 from benchmarks.results_file import RESULTS
@@ -45,6 +48,7 @@ class ResultFile:
     figures: dict[str, Any]
     seeds: dict[str, int]  # finished runs by arm
     explain: dict[str, dict[str, float]]  # arm -> means
+    curves: dict[str, list[dict[str, list[float]]]]  # arm -> curve of each finished run
 
 
 @cache
@@ -55,11 +59,13 @@ def load(name: str, folder: Path = RESULTS) -> ResultFile:
     except (OSError, ValueError) as error:
         raise ConfigError(f"table {name}: {error}") from None
     seeds: dict[str, int] = {}
+    runs: dict[str, list[dict[str, list[float]]]] = {}
     for row in content["rows"]:
         if row.get("status") == "done":
             seeds[row["arm"]] = seeds.get(row["arm"], 0) + 1
+            runs.setdefault(row["arm"], []).append(row.get("curve", {}))
     explain = {row["arm"]: row["explain"] for row in content["rows"] if "explain" in row}
-    return ResultFile(content["command"], content["figures"], seeds, explain)
+    return ResultFile(content["command"], content["figures"], seeds, explain, runs)
 
 
 def render(name: str, spec: str, folder: Path = RESULTS) -> str:
@@ -94,6 +100,10 @@ def cell(result: ResultFile, arm: str, key: str) -> str:
     if key.startswith("mean/"):
         value = result.explain.get(arm, {}).get(key.removeprefix("mean/"))
         return "–" if value is None else f"{value:.3g}"
+    if key.startswith("greedy@"):
+        cost = float(key.removeprefix("greedy@"))
+        values = [float(np.interp(cost, c["rollouts"], c["greedy"])) for c in result.curves[arm]]
+        return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
     value = result.figures.get(f"{arm}/{key}")
     if value is None:
         return "–"

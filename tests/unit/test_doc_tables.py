@@ -16,7 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def results(tmp_path) -> Path:
-    runs = [{"arm": arm, "seed": seed, "status": "done"} for arm in ("grpo", "b@x=1") for seed in (0, 1)]
+    runs = [
+        {"arm": arm, "seed": seed, "status": "done", "curve": {"rollouts": [0, 100], "greedy": [0.2, 0.4 + 0.2 * seed]}}
+        for arm in ("grpo", "b@x=1")
+        for seed in (0, 1)
+    ]
     runs.append({"arm": "lost", "seed": 0, "status": "failed"})
     figures = {
         "grpo/final_sampled": [0.4, 0.5, 0.6],
@@ -48,6 +52,10 @@ def test_a_table_is_made_from_its_comment(results):
         "| b@x=1 | 2 | 0.600 [0.500, 0.700] | +0.100 [-0.100, +0.200] | ≤ 1.50 [1.20, 2.00] (1/2 never) | – |",
         "| elsewhere | 2 | – | – | – | 0.25 |",
     ]
+
+
+def test_accuracies_at_a_cost_are_means_over_seeds_with_their_range(results):
+    assert "| grpo | 0.350 (0.300 to 0.400) |" in render("one", "columns: greedy@50\ngrpo\n", results)
 
 
 def test_filling_twice_changes_nothing_and_keeps_the_rest(results):
