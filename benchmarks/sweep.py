@@ -1,6 +1,6 @@
 """Cells of a sweep, one after the other (or ``jobs`` at a time), each in its own process group.
 
-    FOLDER/cells/NAME.json       a finished cell, never run again while its spec is the same
+    FOLDER/cells/NAME.json       a finished cell, never run again while its spec and its arm's settings are the same
     FOLDER/cells/NAME.failed.json  the error of a cell that failed; run again only with ``retry_failed``
     FOLDER/cells/NAME.log        its output
 
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cell import Spec
+from benchmarks.cell import Spec, config_of
 
 Command = Callable[[Path, Path], list[str]]  # (spec file, result file) -> argv
 POLL_S = 0.2
@@ -132,9 +132,17 @@ class Sweep:
         for path in (self._path(spec), self._path(spec, ".failed.json")):
             if path.exists():
                 record = json.loads(path.read_text())
-                if Spec(**record["spec"]) == spec:
+                if Spec(**record["spec"]) == spec and not self._changed(record, spec):
                     return record
         return None
+
+    def _changed(self, record: dict[str, Any], spec: Spec) -> bool:
+        """Whether the arm means something else by now: another value of a setting that the record has."""
+        then = record.get("config")
+        if then is None:
+            return False
+        now = config_of(spec, Path(then["checkpoint"]["dir"])).model_dump(mode="json")
+        return any(now[section].get(key, value) != value for section in then for key, value in then[section].items())
 
     def _path(self, spec: Spec, suffix: str = ".json") -> Path:
         return self.folder / "cells" / f"{spec.name}{suffix}"

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import cli
 from benchmarks.arms import ARMS, CONTROLS, HEADLINE, arm_config, display, split_arm
-from benchmarks.cell import COST_AXES, Spec, full_marks, join_curve
+from benchmarks.cell import COST_AXES, Spec, config_of, full_marks, join_curve
 from benchmarks.compare import compare, less_is_better
 from benchmarks.convergence import make_specs, parser, write_report
 from benchmarks.lr_sweep import rate_rows
@@ -64,6 +64,18 @@ def test_a_cell_with_another_spec_is_run_again(tmp_path):
     assert sweep.result(changed) is None
     sweep.run([changed])
     assert len(started(tmp_path)) == 2
+
+
+def test_a_cell_whose_arm_has_another_setting_by_now_is_run_again(tmp_path):
+    sweep, one = fake_sweep(tmp_path), specs("grpo")[0]
+    sweep.run([one])
+    path = next((tmp_path / "cells").glob("*.json"))
+    record = json.loads(path.read_text())
+    config = config_of(one, tmp_path).model_dump(mode="json")
+    for rate, kept in ((config["learner"]["lr"], True), (0.123, False)):
+        config["learner"]["lr"] = rate
+        path.write_text(json.dumps(record | {"config": config}))
+        assert (sweep.result(one) is not None) == kept
 
 
 def test_a_crash_costs_one_cell_and_is_recorded(tmp_path):
