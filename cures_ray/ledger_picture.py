@@ -46,7 +46,7 @@ def _beliefs_by_step(axes: Axes, history: Sequence[dict[str, Any]]) -> None:
         return
     counts = np.array([line["belief_histogram"] for line in history], float)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    steps = np.array([line["batch"] for line in history], float)
+    steps = np.array([line["batch"] + 1 for line in history], float)
     middles = (steps[1:] + steps[:-1]) / 2
     edges = np.concatenate([[steps[0] - 0.5], middles, [steps[-1] + 0.5]])
     bins = np.linspace(0, 1, counts.shape[1] + 1)
@@ -67,7 +67,7 @@ def _allocation(axes: Axes, history: Sequence[dict[str, Any]]) -> None:
     axes.grid(alpha=0.3)
     p = np.array([v for line in history for v in line["p"]], float)
     n = np.array([v for line in history for v in line["n"]], float)
-    step = np.array([line["batch"] for line in history for _ in line["n"]], float)
+    step = np.array([line["batch"] + 1 for line in history for _ in line["n"]], float)
     if not len(n):
         return
     every = max(1, -(-len(n) // MOST_POINTS))
@@ -89,10 +89,10 @@ def _ess_and_tau(axes: Axes, history: Sequence[dict[str, Any]]) -> None:
     axes.grid(alpha=0.3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     ess, tau = (
-        [(line["batch"], line["metrics"][key]) for line in history if key in line["metrics"]]
+        [(line["batch"] + 1, line["metrics"][key]) for line in history if key in line["metrics"]]
         for key in ("ess_fraction", "tau")
     )
-    useful = [(line["batch"], line["metrics"]["useful"]) for line in history if "useful" in line["metrics"]]
+    useful = [(line["batch"] + 1, line["metrics"]["useful"]) for line in history if "useful" in line["metrics"]]
     if useful:
         axes.plot(*zip(*useful, strict=True), color="#2ca02c", linewidth=1, alpha=0.7, label="useful groups (share)")
     if ess:
@@ -131,4 +131,4 @@ def _beliefs_now(axes: Axes, history: Sequence[dict[str, Any]], now: tuple[np.nd
         counts = history[-1]["belief_histogram"]
         edges = np.linspace(0, 1, len(counts) + 1)
         axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color="#1f77b4")
-        axes.set_title(f"beliefs after step {history[-1]['batch']}")
+        axes.set_title(f"beliefs after step {history[-1]['batch'] + 1}")

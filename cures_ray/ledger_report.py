@@ -106,7 +106,7 @@ def step_row(line: dict[str, Any]) -> dict[str, Any]:
     """One line of the history as flat figures; NaN for what its method does not have."""
     metrics = line["metrics"]
     low, middle, high = quantiles(line["belief_histogram"])
-    row: dict[str, Any] = {"step": line["batch"], "p10": low, "p50": middle, "p90": high}
+    row: dict[str, Any] = {"step": line["batch"] + 1, "p10": low, "p50": middle, "p90": high}
     for name in ("tau", "ess", "ess_fraction", "useful", "prompt_reward", "belief_mean", "belief_std"):
         row[name] = float(metrics.get(name, np.nan))
     for name in ("distinct_prompts", "max_n", "min_n", "rounds"):
@@ -126,7 +126,7 @@ def accounting_line(run: Run, curriculum: Curriculum | None) -> str:
     last = run.history[-1]
     flying = last["planned"] - last["trained"] - last["discarded"]
     figures = f"planned {last['planned']} = trained {last['trained']} + discarded {last['discarded']}"
-    return f"after step {last['batch']}: {figures} + in flight {flying}"
+    return f"after step {last['batch'] + 1}: {figures} + in flight {flying}"
 
 
 def prompt_row(prompts: Prompts, curriculum: Curriculum, row: int) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _as_json(
 ) -> dict[str, Any]:
     out: dict[str, Any] = {"run": str(run.folder), "method": run.config.curriculum.method, "problem": problem or None}
     out |= {"note": run.prompts.note or None, "steps": steps}
-    out["groups"] = [{"step": h["batch"], "n": h["n"], "accuracy": h["p"]} for h in run.history]
+    out["groups"] = [{"step": h["batch"] + 1, "n": h["n"], "accuracy": h["p"]} for h in run.history]
     if curriculum is not None:
         a, visits = curriculum.accounting, curriculum.pool.belief.visits
         discarded = {reason.value: count for reason, count in a.discarded.items()}
