@@ -109,7 +109,7 @@ class LearnerRank:
 
         began = time.monotonic()
         algo, curriculum = self.config.algo, self.config.curriculum
-        wants_statistics = curriculum.sigma == "last_layer" or curriculum.method == "gvm"
+        wants_statistics = curriculum.sigma == "last_layer"
         micro, leases, plus = self._micro_batches(batch, whole_leases=wants_statistics)
         chunks = self._chunks(batch)
         references = [self._score(self._reference, m, chunks) for m in micro] if self._reference else None

@@ -56,6 +56,13 @@ COMMON: Overrides = {
 }
 
 _GRPO: Overrides = {"curriculum.method": "uniform", "curriculum.draw": "epoch", "algo.advantage": "grpo"}
+_SINGLE: Overrides = {"curriculum.prompts_per_step": 256, "curriculum.n_min": 1, "curriculum.n_max": 1}
+_GVM: Overrides = {  # gradient norms from the last layer, cached from training; the paper measures them on the pilots
+    "curriculum.method": "gvm",
+    "curriculum.draw": "epoch",
+    "curriculum.pilot_rollouts": 4,
+    "curriculum.sigma": "last_layer",
+}
 _PAPER: Overrides = {  # Algorithm 1: 7 subsets of 2048 prompts, N' = 4 (32 % of the budget), 10 steps each
     "curriculum.method": "cures",
     "curriculum.belief": "reset",
@@ -108,18 +115,20 @@ ARMS: dict[str, Overrides] = {
     "dr_grpo": _GRPO | {"algo.advantage": "dr_grpo"},
     "rpp": _GRPO | {"algo.advantage": "reinforce_pp"},
     "rpp_baseline": _GRPO | {"algo.advantage": "reinforce_pp_baseline"},
-    "gvm": {"curriculum.method": "gvm", "curriculum.pilot_rollouts": 4, "algo.advantage": "grpo"},
-    "gvm_raft": {"curriculum.method": "gvm", "curriculum.pilot_rollouts": 4, "algo.advantage": "raft_pp"},
+    "rpp_single": _GRPO | {"algo.advantage": "reinforce_pp"} | _SINGLE,  # one response a prompt, as many prompts
+    "gvm": _GVM | {"algo.advantage": "grpo"},
+    "gvm_raft": _GVM | {"algo.advantage": "raft_pp"},
     "dapo": {
         "curriculum.method": "dapo",
+        "curriculum.draw": "epoch",
         "algo.advantage": "grpo",
         "algo.clip_eps_high": 0.28,
         "algo.loss_length": "token",
     },
-    "speed": {"curriculum.method": "speed", "algo.advantage": "grpo"},
+    "speed": {"curriculum.method": "speed", "curriculum.draw": "epoch", "algo.advantage": "grpo"},
     "mopps": {"curriculum.method": "mopps", "curriculum.belief_draw": "thompson", "algo.advantage": "grpo"},
-    "ada": {"curriculum.method": "reinforce_ada", "algo.advantage": "dr_grpo"},
-    "knapsack": {"curriculum.method": "knapsack", "algo.advantage": "grpo"},
+    "ada": {"curriculum.method": "reinforce_ada", "curriculum.draw": "epoch", "algo.advantage": "dr_grpo"},
+    "knapsack": {"curriculum.method": "knapsack", "curriculum.draw": "epoch", "algo.advantage": "grpo"},
     # CurES as published, and its parts
     "cures": _PAPER,
     "cures_rpp": _PAPER | {"algo.advantage": "reinforce_pp"},
@@ -136,7 +145,6 @@ ARMS: dict[str, Overrides] = {
     "sigma_bernoulli": _SIGMA,
     "sigma_last_layer": _SIGMA | {"curriculum.sigma": "last_layer"},
     # wide batches, the posterior as the baseline
-    "wide_mean": _WIDE | {"algo.advantage": "reinforce_pp"},  # control: the same batch, the batch mean as baseline
     "wide": _WIDE,
     "wide_cures": _WIDE_CURES,
     "wide_sampling": _WIDE_CURES | {"curriculum.allocation": "uniform"},
@@ -168,10 +176,10 @@ CONTROLS: dict[str, tuple[str, str]] = {  # control arm -> (arm, control)
     "oracle_bernoulli": ("sigma_bernoulli", "oracle"),
     "oracle_sigma": ("sigma_last_layer", "oracle_sigma"),
 }
-HEADLINE = ("grpo", "rpp", "gvm", "dapo", "mopps", "cures", "wide", "wide_cures", "cures_wide")
+HEADLINE = ("grpo", "rpp", "rpp_single", "gvm", "dapo", "mopps", "cures", "wide", "wide_cures", "cures_wide")
 
 # Rollouts planned per rollout trained, about: such arms are evaluated more often, to have as many points per cost.
-PLANNED_PER_TRAINED = {"dapo": 3.0, "speed": 3.0, "ada": 3.0}
+PLANNED_PER_TRAINED = {"dapo": 3.2, "speed": 3.0, "ada": 3.0, "gvm": 1.5, "gvm_raft": 1.5, "cures": 1.5}
 
 _PAPER_ARMS = [name for name, arm in ARMS.items() if arm.get("curriculum.pilot_rollouts") and name.startswith("cures")]
 

@@ -15,7 +15,7 @@ from typing import Any
 from cures_ray.messages import ConfigError
 
 LESS_IS_BETTER = ("second", "latency", "_ms", "_s/", "time", "overhead", "memory", "bytes", "mib", "cost", "error")
-NEVER_COMPARED = ("censored",)
+NEVER_COMPARED = ("/censored", "/seeds")
 MORE_IS_BETTER = ("per_second", "per_s", "speedup", "cost_trained", "cost_computed", "accuracy", "difference")
 
 

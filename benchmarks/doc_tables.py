@@ -102,6 +102,8 @@ def cell(result: ResultFile, arm: str, key: str) -> str:
         return "–" if value is None else f"{value:.3g}"
     if key.startswith("greedy@"):
         cost = float(key.removeprefix("greedy@"))
+        if any(cost > c["rollouts"][-1] for c in result.curves[arm]):
+            return "–"
         values = [float(np.interp(cost, c["rollouts"], c["greedy"])) for c in result.curves[arm]]
         return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
     value = result.figures.get(f"{arm}/{key}")
@@ -109,11 +111,13 @@ def cell(result: ResultFile, arm: str, key: str) -> str:
         return "–"
     low, mid, high = value
     if key.startswith(RATIOS):
-        never, seeds = result.figures.get(f"{arm}/{key}/censored", 0), result.seeds[arm]
+        never = result.figures.get(f"{arm}/{key}/censored", 0)
+        seeds = result.figures.get(f"{arm}/{key}/seeds", result.seeds[arm])
         if never == seeds:
             return f"never (< {mid:.2f})"
         text = f"{mid:.2f}" if seeds == 1 else f"{mid:.2f} [{low:.2f}, {high:.2f}]"
-        return f"≤ {text} ({never}/{seeds} never)" if never else text
+        text = f"≤ {text} ({never}/{seeds} never)" if never else text
+        return text if seeds == result.seeds[arm] else f"{text} ({seeds} seeds)"
     sign = "+" if key.startswith(SIGNED) else ""
     return f"{mid:{sign}.3f}" if result.seeds[arm] == 1 else f"{mid:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 

@@ -50,7 +50,7 @@ class LocalLearner:
     def _train(self, batch: TrainingBatch) -> StepReport:
         config = self.config
         began = time.perf_counter()
-        wants = config.curriculum.sigma == "last_layer" or config.curriculum.method == "gvm"
+        wants = config.curriculum.sigma == "last_layer"
         plan = plan_step(batch, 1, config.learner.max_tokens_per_rank, skip_idle=not wants, whole_leases=wants)[0]
         statistics = LastLayerStatistics(config.rollout.temperature, config.learner.seed) if wants else None
         rate = learning_rate(config.learner, self.updates, config.trainer.steps)

@@ -73,13 +73,18 @@ def cost_map_lines(figures: list[ArmFigures], kind: str) -> bytes:
     for i, f in enumerate(figures):
         if not f.seeds:
             continue
-        values = [f.cost_map[kind][name].ratio for name in GEN_TO_TRAIN]
-        ax.plot(ratios, [v.mid if v else np.nan for v in values], marker="o", color=_color(i), label=display(f.label))
+        shown = [f.cost_map[kind][name] for name in GEN_TO_TRAIN]
+        values = [s.ratio.mid if s.ratio else np.nan for s in shown]
+        ax.plot(ratios, values, marker="o", color=_color(i), label=display(f.label))
+        bounds = [(x, y) for x, y, s in zip(ratios, values, shown, strict=True) if s.censored]
+        if bounds:  # runs that never got there: an upper bound
+            x, y = zip(*bounds, strict=True)
+            ax.plot(x, y, "v", color="white", markeredgecolor=_color(i), markersize=9, zorder=3)
     ax.set_xscale("log")
     ax.set_xticks(ratios, list(GEN_TO_TRAIN))
     ax.axhline(1.0, color="black", linewidth=0.8)
     ax.set_xlabel("cost of generating a rollout : cost of training on one")
-    ax.set_ylabel("speed-up at 80 % of the gain")
+    ax.set_ylabel("speed-up at 80 % of the gain (hollow: upper bound)")
     ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     ax.grid(alpha=0.3)
     return _png(figure)

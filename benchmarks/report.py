@@ -141,8 +141,7 @@ def result_figures(figures: list[ArmFigures]) -> dict[str, Any]:
             for name, figure in f.speedups[axis].items():
                 if figure.ratio is not None:
                     out[f"{f.label}/speedup/{axis}/{_plain(name)}"] = figure.ratio.as_list()
-                    if figure.censored:
-                        out[f"{f.label}/speedup/{axis}/{_plain(name)}/censored"] = figure.censored
+                    out |= _seeds_of(f"{f.label}/speedup/{axis}/{_plain(name)}", f.seeds, figure)
         for axis in ("rollouts", "optimizer_steps"):
             for key, values in (("difference", f.difference), ("auc_difference", f.area)):
                 value = values[axis]
@@ -152,7 +151,14 @@ def result_figures(figures: list[ArmFigures]) -> dict[str, Any]:
             for name, figure in ratios.items():
                 if figure.ratio is not None:
                     out[f"{f.label}/cost_{kind}/{name}"] = figure.ratio.as_list()
+                    out |= _seeds_of(f"{f.label}/cost_{kind}/{name}", f.seeds, figure)
     return out
+
+
+def _seeds_of(key: str, runs: int, figure: Speedup) -> dict[str, int]:
+    """How many runs never got there, and how many seeds count where that is not all of them."""
+    out = {f"{key}/censored": figure.censored} if figure.censored else {}
+    return out | ({f"{key}/seeds": figure.seeds} if figure.seeds != runs else {})
 
 
 def result_rows(figures: list[ArmFigures], records: list[Record]) -> list[Row]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import norm, t
 
 SMOOTHING = 3  # evaluations, centred
-RESAMPLES = 4000
+RESAMPLES = 20_000
 LEAST_GAIN = 1e-6  # of accuracy; a baseline that gains less has nothing to be reached
 
 
@@ -96,7 +97,9 @@ def cost_to_reach(curve: Curve, target: float) -> float | None:
 def target_of(baseline: Curve, fraction: float) -> float:
     """The start plus ``fraction`` of the baseline's gain; 1 is its best smoothed accuracy."""
     values = baseline.smoothed
-    return float(values[0] + fraction * (values.max() - values[0]))
+    best = float(values.max())
+    # the best itself, not a sum that rounding may put above it
+    return best if fraction == 1 else float(values[0] + fraction * (best - values[0]))
 
 
 def speedup(baseline: dict[int, Curve], method: dict[int, Curve], fraction: float, rng: np.random.Generator) -> Speedup:
@@ -126,12 +129,17 @@ def speedup(baseline: dict[int, Curve], method: dict[int, Curve], fraction: floa
 
 
 def bootstrap_mean(values: np.ndarray, rng: np.random.Generator) -> Interval:
-    """Mean over seeds with the percentile bootstrap's 95 % interval. The mean of log ratios is the log of the ratio
-    of geometric means."""
+    """Mean over seeds with the expanded percentile bootstrap's 95 % interval (Hesterberg 2015, arXiv 1411.5279).
+
+    With few seeds plain percentiles cover too little, about 83 % with five, because resampling divides by n where the
+    variance needs n - 1 and knows no Student t. The mean of log ratios is the log of the ratio of geometric means.
+    """
     values = np.asarray(values, float)
-    draws = rng.integers(len(values), size=(RESAMPLES, len(values)))
+    n = len(values)
+    draws = rng.integers(n, size=(RESAMPLES, n))
     means = values[draws].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    tail = 2.5 if n < 2 else 100 * norm.cdf(t.ppf(0.025, n - 1) * np.sqrt(n / (n - 1)))
+    low, high = np.percentile(means, [tail, 100 - tail])
     return Interval(float(low), float(values.mean()), float(high))
 
 

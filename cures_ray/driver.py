@@ -83,6 +83,7 @@ class Driver:
         self._ready = asyncio.Event()
         self._update: WeightUpdate | None = None
         self._evaluation: asyncio.Task[Metrics] | None = None
+        self._evaluated = -1  # the last version whose evaluation was started
         self._tasks: asyncio.TaskGroup
         self._loop_tasks: list[asyncio.Task[None]] = []
         self._moved, self._last, self._doing = time.monotonic(), "start", "starting"
@@ -201,7 +202,8 @@ class Driver:
         for step in range(self.version, self.config.trainer.steps):
             self._step_began = began = time.monotonic()
             plan = await self._wait_for_plan(step)
-            if plan is None:
+            if plan is None:  # the budget is spent
+                await self._evaluate_at(step, last=True)
                 break
             idle = time.monotonic() - began
             groups = self._take_groups(plan)
@@ -306,13 +308,16 @@ class Driver:
             slot.open = True
             slot.wake.set()
 
-    async def _evaluate_at(self, version: int, *, first: bool = False) -> None:
+    async def _evaluate_at(self, version: int, *, first: bool = False, last: bool = False) -> None:
+        """Start an evaluation if one is due; ``last``: a run ends here that its step count did not tell."""
         every = self.config.eval.interval
-        due = every and (version % every == 0 or version == self.config.trainer.steps)
+        last = last or version == self.config.trainer.steps
+        due = every and (version % every == 0 or last) and version != self._evaluated
         if self._evaluate is None or not (self.config.eval.before_training and every if first else due):
             return
+        self._evaluated = version
         self._evaluation = self._tasks.create_task(self._evaluate(version, self._open_generators))
-        if version == self.config.trainer.steps:
+        if last:
             await self._finish_evaluation()
 
     async def _finish_evaluation(self) -> None:
