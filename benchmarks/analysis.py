@@ -15,8 +15,8 @@ from benchmarks.statistics import (
     Speedup,
     accuracy_difference,
     area_difference,
-    bootstrap_mean,
     final_accuracy,
+    mean_interval,
     speedup,
 )
 
@@ -82,15 +82,15 @@ def _figures(label: str, runs: dict[int, Record], base: dict[int, Record], faile
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     own = curves(runs, "rollouts", metric)
     figures.start = float(np.mean([c.accuracy[0] for c in own.values()]))
-    figures.final = bootstrap_mean(np.array([final_accuracy(c) for c in own.values()]), rng)
+    figures.final = mean_interval(np.array([final_accuracy(c) for c in own.values()]))
     figures.greedy = float(np.mean([final_accuracy(curve_of(r, "rollouts", "greedy")) for r in runs.values()]))
     for axis in COST_AXES:
         theirs, mine = curves(base, axis, metric), curves(runs, axis, metric)
         figures.totals[axis] = float(np.mean([c.cost[-1] for c in mine.values()]))
         figures.speedups[axis] = {name: speedup(theirs, mine, f, rng) for name, f in FRACTIONS.items()}
-        figures.difference[axis] = accuracy_difference(theirs, mine, 1.0, rng)
-        figures.half_difference[axis] = accuracy_difference(theirs, mine, 0.5, rng)
-        figures.area[axis] = area_difference(theirs, mine, rng)
+        figures.difference[axis] = accuracy_difference(theirs, mine, 1.0)
+        figures.half_difference[axis] = accuracy_difference(theirs, mine, 0.5)
+        figures.area[axis] = area_difference(theirs, mine)
     for kind in ("trained", "computed"):
         figures.cost_map[kind] = {
             name: speedup(_priced(base, base, kind, ratio, metric), _priced(runs, base, kind, ratio, metric), 0.8, rng)

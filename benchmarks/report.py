@@ -35,8 +35,8 @@ def markdown(figures: list[ArmFigures], baseline: str, title: str, command: str)
     parts += ["## What the batches were made of\n", explanation_table(figures)]
     parts.append(
         f"Speed-up: cost of {baseline} to the accuracy ÷ cost of the arm to the same, ratio of geometric means over "
-        "paired seeds with its bootstrap 95 % interval. A run that never gets there counts with the cost at which it "
-        "ended, so that ≤ marks an upper bound.\n"
+        "paired seeds with Student's 95 % interval of the log ratios. A run that never gets there counts with the cost "
+        "at which it ended, so that ≤ marks an upper bound.\n"
     )
     return "\n".join(parts)
 
@@ -142,6 +142,8 @@ def result_figures(figures: list[ArmFigures]) -> dict[str, Any]:
                 if figure.ratio is not None:
                     out[f"{f.label}/speedup/{axis}/{_plain(name)}"] = figure.ratio.as_list()
                     out |= _seeds_of(f"{f.label}/speedup/{axis}/{_plain(name)}", f.seeds, figure)
+                    if figure.bootstrap is not None:
+                        out[f"{f.label}/speedup/{axis}/{_plain(name)}/bootstrap"] = figure.bootstrap.as_list()
         for axis in ("rollouts", "optimizer_steps"):
             for key, values in (("difference", f.difference), ("auc_difference", f.area)):
                 value = values[axis]

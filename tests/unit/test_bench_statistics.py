@@ -11,6 +11,7 @@ from benchmarks.statistics import (
     band,
     bootstrap_mean,
     cost_to_reach,
+    mean_interval,
     smooth,
     speedup,
     target_of,
@@ -73,7 +74,9 @@ def test_the_ratio_is_that_of_geometric_means_over_seeds():
     result = speedup(base, method, 0.8, rng())
     assert result.per_seed == (pytest.approx(2.0), pytest.approx(1.0))
     assert result.ratio is not None and result.ratio.mid == pytest.approx(np.sqrt(2.0))
-    assert result.ratio.low == pytest.approx(1.0) and result.ratio.high == pytest.approx(2.0)
+    assert result.ratio.low < 1.0 and result.ratio.high > 2.0  # Student with two runs knows little
+    assert result.bootstrap is not None
+    assert result.bootstrap.low == pytest.approx(1.0) and result.bootstrap.high == pytest.approx(2.0)
 
 
 def test_a_censored_run_is_shown_and_bounds_the_ratio_from_above():
@@ -101,14 +104,14 @@ def test_only_seeds_that_both_have_are_compared():
 
 def test_the_difference_is_taken_at_equal_cost():
     short = Curve(COSTS[:6], 0.2 + 0.008 * COSTS[:6])  # ends at 50
-    difference = accuracy_difference({0: line(0.004)}, {0: short}, 1.0, rng())
+    difference = accuracy_difference({0: line(0.004)}, {0: short}, 1.0)
     assert difference is not None and difference.mid == pytest.approx(0.2)
 
 
 def test_the_area_is_the_mean_accuracy_over_the_budget():
     assert area(line(0.004), 100.0) == pytest.approx(0.4)
     assert area(Curve(COSTS[:6], 0.2 + 0.004 * COSTS[:6]), 100.0) == pytest.approx(0.35, abs=1e-3)
-    difference = area_difference({0: line(0.004)}, {0: line(0.006)}, rng())
+    difference = area_difference({0: line(0.004)}, {0: line(0.006)})
     assert difference is not None and difference.mid == pytest.approx(0.1)
 
 
@@ -125,3 +128,19 @@ def test_bands_end_where_the_shortest_run_ends():
     cost, mean, low, high = band([line(0.004), Curve(COSTS[:6], 0.2 + 0.008 * COSTS[:6])])
     assert cost[-1] == 50.0
     assert mean[-1] == pytest.approx(0.5) and low[-1] == pytest.approx(0.4) and high[-1] == pytest.approx(0.6)
+
+
+def test_the_best_of_a_baseline_is_reached_by_itself_whatever_rounding_does():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        curve = Curve(np.arange(12.0), rng.random(12))
+        assert cost_to_reach(curve, target_of(curve, 1.0)) is not None
+
+
+def test_intervals_of_five_seeds_cover_what_they_say():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(400):
+        interval = mean_interval(rng.normal(size=5))
+        hits += interval.low <= 0 <= interval.high
+    assert 0.92 < hits / 400 < 0.98  # a percentile bootstrap: 0.83
