@@ -134,6 +134,15 @@ async def test_the_run_ends_when_the_rollout_budget_is_spent():
     assert accounting.planned == 96 and len(world.learner.batches) == 3
 
 
+@pytest.mark.parametrize(("interval", "versions"), [(2, [0, 2, 3]), (3, [0, 3])])
+async def test_the_end_of_a_budget_is_evaluated_once(interval, versions):
+    world = World(small_config(trainer={"steps": 100, "rollout_budget": 96}, eval={"interval": interval}))
+    evaluator = Evaluator(world.prompts, world.verifier)
+    world.driver._evaluate = evaluator
+    await world.driver.run()
+    assert [version for version, _ in evaluator.history] == versions
+
+
 async def test_weights_do_not_change_under_an_evaluation():
     config = small_config(eval={"interval": 2})
     world = World(config, seconds=0.005)
