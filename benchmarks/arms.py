@@ -183,7 +183,11 @@ PLANNED_PER_TRAINED = {"dapo": 3.2, "speed": 3.0, "ada": 3.0, "gvm": 1.5, "gvm_r
 
 _PAPER_ARMS = [name for name, arm in ARMS.items() if arm.get("curriculum.pilot_rollouts") and name.startswith("cures")]
 
-_PROGRAM_RATES = {"*": 1e-3, "wide": 2e-3, **dict.fromkeys(("grpo", "rloo", "dr_grpo", "rpp", "rpp_baseline"), 5e-4)}
+_PROGRAM_RATES = {
+    "*": 1e-3,
+    "wide": 2e-3,
+    **dict.fromkeys(("grpo", "rloo", "dr_grpo", "rpp", "rpp_baseline", "gvm", "gvm_raft"), 5e-4),
+}
 
 # Learning rates by (task, variant): the label's own, else the arm's, else "*"; chosen in results/lr_sweep_*.json.
 LEARNING_RATES: dict[tuple[str, str], dict[str, float]] = {
