@@ -42,6 +42,7 @@ def speedup_bars(figures: list[ArmFigures], axis: str, fractions: tuple[str, ...
     shown = [f for f in figures if f.seeds]
     figure, ax = plt.subplots(figsize=(7.5, 0.9 + 0.34 * len(shown) * len(fractions) / 2))
     height = 0.8 / len(fractions)
+    named: set[str] = set()
     for j, fraction in enumerate(fractions):
         for i, f in enumerate(shown):
             result = f.speedups[axis][fraction]
@@ -55,14 +56,16 @@ def speedup_bars(figures: list[ArmFigures], axis: str, fractions: tuple[str, ...
                 color=_color(j),
                 hatch="///" if result.censored else None,
                 edgecolor="white",
-                label=fraction if i == 0 else None,
+                label=None if fraction in named else fraction,
             )
+            named.add(fraction)
             ax.plot([ratio.low, ratio.high], [where, where], color="black", linewidth=1)
     ax.axvline(1.0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(shown)), [display(f.label) for f in shown], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel(f"speed-up by {COST_AXES[axis]} (hatched: upper bound)")
-    ax.legend(title="of the baseline's gain", fontsize=7, title_fontsize=7, loc="lower right")
+    if named:
+        ax.legend(title="of the baseline's gain", fontsize=7, title_fontsize=7, loc="lower right")
     return _png(figure)
 
 
