@@ -36,6 +36,7 @@ from cures_ray.messages import ConfigError
 
 BLOCK = re.compile(r"<!-- table (?P<name>\S+)\n(?P<spec>.*?)-->\n(?P<body>.*?)<!-- end table -->", re.DOTALL)
 COMMAND = re.compile(r"<!-- command (?P<name>\S+) -->\n.*?<!-- end command -->", re.DOTALL)
+DOCUMENTS = [Path("docs/benchmarks.md"), Path("docs/questions.md"), Path("README.md")]
 SIGNED = ("difference/", "auc_difference/")
 RATIOS = ("speedup/", "cost_")
 
@@ -139,7 +140,7 @@ def fill(text: str, folder: Path = RESULTS) -> str:
 def main(argv: list[str]) -> int:
     """Rewrites the documents; with ``--check`` exit code 1 when one is out of date."""
     parser = argparse.ArgumentParser(prog="cures bench tables", description=__doc__.splitlines()[0])
-    parser.add_argument("documents", nargs="*", type=Path, default=[Path("docs/benchmarks.md"), Path("README.md")])
+    parser.add_argument("documents", nargs="*", type=Path, default=DOCUMENTS)
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args(argv)
     stale = []
