@@ -131,6 +131,10 @@ def _explanation(runs: list[Record]) -> dict[str, float]:
         if "curriculum" in seconds:
             work = sum(v for k, v in seconds.items() if k != "evaluation")
             rows["curriculum_share_of_seconds"].append(seconds["curriculum"] / work)
+        for name, key in (("staleness", "staleness/mean"), ("step_seconds", "time/step_s")):
+            measured = [step[key] for step in record["steps"] if key in step]
+            if measured:
+                rows[name].append(float(np.mean(measured)))
         first = [p["mixed_share"] for p in record["plans"][:START_BATCHES] if "mixed_share" in p]
         if first:
             rows["mixed_share_at_start"].append(float(np.mean(first)))
