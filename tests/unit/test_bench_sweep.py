@@ -186,6 +186,7 @@ def record(label: str, seed: int, speed: float, failed: bool = False) -> dict:
         "spec": spec,
         "config": {"learner": {"lr": 1e-3}},
         "curve": curve,
+        "steps": [{"staleness/mean": 0.5}],
         "plans": [{"batch": 0.0, "reward": 0.5, "mixed_share": 0.5, "distinct_prompts": 32.0}],
         "seconds_by_component": {"curriculum": 1.0, "learner": 9.0, "evaluation": 5.0},
         "accounting": {"planned": 100, "trained": 80, "discarded": {"pilot": 20}, "in_flight": 0},
