@@ -192,7 +192,7 @@ _PROGRAM_RATES = {
 # Learning rates by (task, variant): the label's own, else the arm's, else "*"; chosen in results/lr_sweep_*.json.
 LEARNING_RATES: dict[tuple[str, str], dict[str, float]] = {
     ("chain", "N"): {"*": 2e-3},
-    ("chain", "T"): {"*": 2e-3, "dapo": 4e-3, **dict.fromkeys(("gvm", "gvm_raft", *_PAPER_ARMS), 1e-3)},
+    ("chain", "T"): {"*": 2e-3, **dict.fromkeys(("gvm", "gvm_raft", *_PAPER_ARMS), 1e-3)},
     ("program", "N"): _PROGRAM_RATES,
     ("program", "T"): _PROGRAM_RATES,
 }
