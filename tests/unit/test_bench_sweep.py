@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cli
-from benchmarks.arms import ARMS, CONTROLS, HEADLINE, arm_config, display, split_arm
+from benchmarks.arms import ARMS, CONTROLS, HEADLINE, LEARNING_RATES, arm_config, display, split_arm
 from benchmarks.cell import COST_AXES, Spec, config_of, full_marks, join_curve
 from benchmarks.compare import compare, less_is_better
 from benchmarks.convergence import make_specs, parser, write_report
 from benchmarks.lr_sweep import rate_rows
+from benchmarks.results_file import RESULTS
 from benchmarks.sweep import Sweep
 from cures_ray.messages import ConfigError
 
@@ -271,3 +272,11 @@ def test_compare_exits_with_one_on_a_regression(tmp_path, capsys):
 )
 def test_pictures_show_short_names(label, shown):
     assert display(label) == shown
+
+
+@pytest.mark.parametrize("task", ["chain", "program"])
+def test_every_arm_runs_at_the_rate_that_its_committed_sweep_chose(task):
+    figures = json.loads((RESULTS / f"lr_sweep_{task}_T.json").read_text())["figures"]
+    chosen = {name.removesuffix("/best_lr"): rate for name, rate in figures.items()}
+    rates = LEARNING_RATES[task, "T"]
+    assert {arm: rates.get(arm, rates["*"]) for arm in chosen} == chosen
