@@ -5,7 +5,7 @@ setup:
 	@bash scripts/setup.sh
 
 demo: setup
-	@$(PY) -m actors.demo
+	@$(PY) -m actors.commands.demo
 
 test: setup
 	@$(PY) -m pytest tests

@@ -79,7 +79,7 @@ def engine_arguments(config: Config, model_path: str, backend: str, gpu: bool) -
         **trust,
     }
     if backend == "shm":
-        arguments["worker_extension_cls"] = "actors.vllm_worker.WorkerExtension"
+        arguments["worker_extension_cls"] = "actors.weights.vllm_worker.WorkerExtension"
     if gpu:
         return arguments | {"gpu_memory_utilization": rollout.gpu_memory_utilization}
     mib = rollout.kv_cache_mib or kv_cache_mib(hf, config, length, free_memory_mib())

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from actors.engine_settings import canary_tolerance, engine_arguments, has_gpu, set_environment
-from actors.weights import resolve_backend
+from actors.weights.transfer import resolve_backend
 from cures_ray.config import Config
+from cures_ray.loop.ports import CanaryFailed, WorkerLost
 from cures_ray.messages import (
     GenerationRequest,
     GroupSummary,
@@ -30,7 +31,6 @@ from cures_ray.messages import (
     SyncReport,
     WeightUpdate,
 )
-from cures_ray.ports import CanaryFailed, WorkerLost
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -54,7 +54,7 @@ class GeneratorActor:
         name: unique among the generators of the run; "name-INDEX" gives the default ``index``.
         model_path: a Hugging Face folder or Hub name; the weights that the engine starts with.
         version: the policy version of those weights.
-        backend: of weight transfer, "shm", "nccl" or "ipc"; None: chosen as ``actors.weights`` does.
+        backend: of weight transfer, "shm", "nccl" or "ipc"; None: chosen as ``actors.weights.transfer`` does.
         index: position among the run's generators, for the ranks of nccl transfers.
     """
 

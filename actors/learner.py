@@ -26,7 +26,7 @@ class LearnerGroup:
     """
 
     def __init__(self, config: Config, options: list[dict[str, Any]]) -> None:
-        """``options``: Ray actor options of each rank, see actors.placement."""
+        """``options``: Ray actor options of each rank, see actors.cluster.placement."""
         self.config = config
         actor = ray.remote(LearnerRank)
         self.ranks: list[Any] = [

@@ -22,8 +22,8 @@ import numpy as np
 import ray
 
 from cures_ray.config import Config
+from cures_ray.learning.packing import MicroBatch, collate, make_row, plan_step
 from cures_ray.messages import RolloutGroup, RunError, StepReport, TrainingBatch, WeightUpdate
-from cures_ray.packing import MicroBatch, collate, make_row, plan_step
 
 SUMS = ("loss", "tokens", "clipped", "ratio", "kl", "logprob_diff", "entropy")  # of losses.policy_loss
 MAXIMA = ("max_ratio", "max_logprob_diff")
@@ -77,7 +77,7 @@ class LearnerRank:
         with another configuration of the same ranks."""
         import torch
 
-        from actors.learner_engine import Policy, build_engine, load_model, load_state
+        from actors.deepspeed_engine import Policy, build_engine, load_model, load_state
 
         self.config, self.updates, self._reference = config, 0, None
         self._backend, self._shm, self._canary = backend, shm, [np.asarray(s, np.int32) for s in canary]
@@ -103,9 +103,9 @@ class LearnerRank:
         """
         import torch
 
-        from actors.learner_engine import grad_norm, learning_rate, set_learning_rate
-        from cures_ray.gradient_norms import LastLayerStatistics
-        from cures_ray.losses import mean_metrics
+        from actors.deepspeed_engine import grad_norm, learning_rate, set_learning_rate
+        from cures_ray.learning.gradient_norms import LastLayerStatistics
+        from cures_ray.learning.losses import mean_metrics
 
         began = time.monotonic()
         algo, curriculum = self.config.algo, self.config.curriculum
@@ -154,7 +154,7 @@ class LearnerRank:
         """Forward, loss, backward of one micro-batch; its metric sums are added to ``sums``."""
         import torch
 
-        from cures_ray.losses import LossInputs, policy_loss
+        from cures_ray.learning.losses import LossInputs, policy_loss
 
         row = self._tensor(m.row)
         logprobs, entropy, hidden, residual = self._forward(
@@ -235,8 +235,8 @@ class LearnerRank:
         the advantage is one that whitens."""
         import torch
 
-        from cures_ray.advantages import BEFORE_WHITENING
-        from cures_ray.losses import token_advantages, whitened
+        from cures_ray.learning.advantages import BEFORE_WHITENING
+        from cures_ray.learning.losses import token_advantages, whitened
 
         algo = self.config.algo
         values = [
@@ -292,7 +292,7 @@ class LearnerRank:
 
     def publish(self, version: int) -> WeightUpdate | None:
         """Make the weights available as ``version``; the update on rank 0, None on the others."""
-        from actors.weights import ipc_info, nccl_info, write_shm
+        from actors.weights.transfer import ipc_info, nccl_info, write_shm
 
         stage = self.config.learner.zero_stage
         info: dict[str, Any] = {"backend": self._backend}
@@ -320,14 +320,14 @@ class LearnerRank:
 
     def transmit(self, update: WeightUpdate) -> None:
         """The sender's half of an nccl transfer; nothing for shm and ipc."""
-        from actors.weights import send_weights
+        from actors.weights.transfer import send_weights
 
         stage = self.config.learner.zero_stage
         send_weights(self.engine.module.lm, update.info, rank=self.rank, zero_stage=stage)
 
     def save(self, folder: Path) -> None:
         """This rank's share of model and optimizer into ``folder``, on a file system that all ranks share."""
-        from actors.learner_engine import save_state
+        from actors.deepspeed_engine import save_state
 
         save_state(self.engine, folder, self.rank, self.world_size, self.config.learner, self.updates)
 
@@ -345,7 +345,7 @@ class LearnerRank:
 
     def _weights(self) -> dict[str, Any]:
         """Name -> full tensor, tied ones once; on rank 0, after a collective under ZeRO 3. Empty elsewhere."""
-        from actors.weights import gathered
+        from actors.weights.transfer import gathered
 
         stage = self.config.learner.zero_stage
         if self.rank and stage < 3:
@@ -377,7 +377,7 @@ class LearnerRank:
 
     def _chunks(self, batch: TrainingBatch) -> int:
         """Pieces in which logits are computed: of the largest micro-batch that can occur, equal on all ranks."""
-        from actors.learner_engine import LOGITS_PER_CHUNK
+        from actors.deepspeed_engine import LOGITS_PER_CHUNK
 
         whole = sum(int(g.completion_tokens.sum()) for g in batch.groups)
         longest = max((int(g.completion_tokens.max()) + g.prompt_tokens for g in batch.groups), default=1)

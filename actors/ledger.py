@@ -1,7 +1,7 @@
 """The ledger actor: the one writer of the curriculum, one call at a time.
 
-Ray starts it again when it dies; it then comes back from its journal (cures_ray/ledger.py) and callers repeat their
-calls (actors/adapters.py).
+Ray starts it again when it dies; it then comes back from its journal (cures_ray/ledger/ledger.py) and callers
+repeat their calls (actors/cluster/adapters.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from cures_ray.config import Config
-from cures_ray.ledger import Ledger
+from cures_ray.curriculum.predictor import level_codes
+from cures_ray.ledger.ledger import Ledger
 from cures_ray.messages import (
     Accounting,
     BatchPlan,
@@ -27,7 +28,6 @@ from cures_ray.messages import (
     Settlement,
     SettleReply,
 )
-from cures_ray.predictor import level_codes
 from cures_ray.snapshot import read_state, write_state
 
 

@@ -6,17 +6,20 @@ import argparse
 import importlib
 
 BENCHMARKS = {  # subcommand -> (module with main(argv), what it measures)
-    "demo": ("benchmarks.demo", "what `make demo` gives on several seeds"),
-    "convergence": ("benchmarks.convergence", "methods at equal cost, with confidence intervals"),
-    "sweep": ("benchmarks.lr_sweep", "the same learning-rate sweep for every method, on seeds of its own"),
-    "plateau": ("benchmarks.plateau", "base models that have been trained to a plateau, for the collapse question"),
-    "tables": ("benchmarks.doc_tables", "the tables of the documents, from the committed results"),
-    "map": ("benchmarks.map_picture", "one picture over several results: when the curriculum pays"),
-    "compare": ("benchmarks.compare", "two result files; fails on a regression beyond the recorded spread"),
-    "ledger-scale": ("benchmarks.ledger_scale", "the curriculum at up to a million prompts"),
-    "verifier": ("benchmarks.verifier", "verdicts per second"),
-    "weight-sync": ("benchmarks.weight_sync", "weights from the learner to the generators"),
-    "gradient-stats": ("benchmarks.gradient_stats", "cost of the output-layer statistics"),
+    "demo": ("benchmarks.harness.demo", "what `make demo` gives on several seeds"),
+    "convergence": ("benchmarks.harness.convergence", "methods at equal cost, with confidence intervals"),
+    "sweep": ("benchmarks.harness.lr_sweep", "the same learning-rate sweep for every method, on seeds of its own"),
+    "plateau": (
+        "benchmarks.research.plateau",
+        "base models that have been trained to a plateau, for the collapse question",
+    ),
+    "tables": ("benchmarks.harness.doc_tables", "the tables of the documents, from the committed results"),
+    "map": ("benchmarks.research.map_picture", "one picture over several results: when the curriculum pays"),
+    "compare": ("benchmarks.harness.compare", "two result files; fails on a regression beyond the recorded spread"),
+    "ledger-scale": ("benchmarks.micro.ledger_scale", "the curriculum at up to a million prompts"),
+    "verifier": ("benchmarks.micro.verifier", "verdicts per second"),
+    "weight-sync": ("benchmarks.micro.weight_sync", "weights from the learner to the generators"),
+    "gradient-stats": ("benchmarks.micro.gradient_stats", "cost of the output-layer statistics"),
 }
 
 

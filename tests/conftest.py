@@ -1,4 +1,4 @@
 import os
 
-# Before torch loads its OpenMP, as actors/cli.py does: threads that spin while they wait starve the other processes.
+# Before torch loads its OpenMP, as `cures` does: threads that spin while they wait starve the other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

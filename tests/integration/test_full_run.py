@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.launch import train
-from actors.placement import Placement
-from cures_ray.base_model import main as prepare
-from cures_ray.checkpoint import CheckpointStore, step_of
+from actors.cluster.launch import train
+from actors.cluster.placement import Placement
 from cures_ray.config import Config
 from cures_ray.messages import ConfigError
+from cures_ray.run.checkpoint import CheckpointStore, step_of
+from cures_ray.synthetic.base_model import main as prepare
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

@@ -19,10 +19,10 @@ from tiny_model import CHARACTERS, write_tiny_model
 from transformers import AutoModelForCausalLM
 
 from actors.generator import GenerationTimeout, GeneratorActor
-from actors.weights import shm_folder, write_shm
+from actors.weights.transfer import shm_folder, write_shm
 from cures_ray.config import Config
+from cures_ray.loop.ports import CanaryFailed, WorkerLost
 from cures_ray.messages import GenerationRequest, PromptRow, WeightUpdate
-from cures_ray.ports import CanaryFailed, WorkerLost
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 TEMPERATURE = (1.0, 0.7)  # by engine

@@ -17,8 +17,8 @@ from tiny_model import write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.learner import LearnerGroup
-from benchmarks.costs import Costs
-from benchmarks.local_learner import LocalLearner
+from benchmarks.inprocess.costs import Costs
+from benchmarks.inprocess.local_learner import LocalLearner
 from cures_ray.config import Config
 from cures_ray.messages import ConfigError, Rollout, RolloutGroup, RunError, TrainingBatch, TrainingGroup
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import ray
 
-from actors.adapters import RayLedger
+from actors.cluster.adapters import RayLedger
 from actors.ledger import LedgerActor, write_columns
-from cures_ray.ledger import Ledger
+from cures_ray.ledger.ledger import Ledger
 from tests.unit.fakes import World, small_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from cures_ray.config import Config
-from cures_ray.curriculum import Curriculum
-from cures_ray.driver import Driver, Ports
+from cures_ray.curriculum.machine import Curriculum
+from cures_ray.loop.driver import Driver, Ports
+from cures_ray.loop.ports import CanaryFailed, WorkerLost
 from cures_ray.messages import (
     GenerationRequest,
     GroupSummary,
@@ -23,7 +24,6 @@ from cures_ray.messages import (
     Verdict,
     WeightUpdate,
 )
-from cures_ray.ports import CanaryFailed, WorkerLost
 
 
 def small_config(**sections: dict) -> Config:

@@ -6,7 +6,7 @@ import numpy as np
 from fakes import small_config
 
 from cures_ray.config import Config
-from cures_ray.curriculum import Curriculum
+from cures_ray.curriculum.machine import Curriculum
 from cures_ray.messages import Accounting, BatchPlan, CommitReport, Lease, Settlement
 
 

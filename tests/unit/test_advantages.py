@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cures_ray.advantages import ADVANTAGES, compute_advantages, overlong_penalty, token_weights
+from cures_ray.learning.advantages import ADVANTAGES, compute_advantages, overlong_penalty, token_weights
 
 REWARDS = [np.array([1.0, 0, 0, 1, 0]), np.array([1.0, 0]), np.array([1.0]), np.array([0.0, 0, 0])]
 ALPHA, BETA = np.array([1.0, 2, 3, 1]), np.array([1.0, 1, 1, 4])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cures_ray.allocation import (
+from cures_ray.curriculum.allocation import (
     apportion,
     cost_aware,
     gvm_weights,
@@ -20,7 +20,7 @@ from cures_ray.allocation import (
     sigma_for,
     sigma_gradient,
 )
-from cures_ray.belief import ScoreMoments
+from cures_ray.curriculum.belief import ScoreMoments
 
 weights = st.lists(
     st.one_of(st.floats(0, 1), st.floats(1e-12, 1e12), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=24

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cures_ray.assemble import assemble
 from cures_ray.config import AlgoConfig, AsyncConfig, Config, CurriculumConfig, RolloutConfig
+from cures_ray.loop.assemble import assemble
 from cures_ray.messages import BatchEntry, BatchPlan, Discard, GroupSummary, Lease, RunError
 
 

@@ -4,11 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from cures_ray.base_model import BaseModelSpec, accuracies, build_model, build_tokenizer, main, prepare, sample
 from cures_ray.config import DataConfig, ModelConfig
-from cures_ray.data import check_disjoint, load_prompts, load_tokenizer
+from cures_ray.data.table import check_disjoint, load_prompts, load_tokenizer
 from cures_ray.messages import ConfigError
-from cures_ray.tasks import TASKS, generate
+from cures_ray.synthetic.base_model import (
+    BaseModelSpec,
+    accuracies,
+    build_model,
+    build_tokenizer,
+    main,
+    prepare,
+    sample,
+)
+from cures_ray.synthetic.tasks import TASKS, generate
 
 TINY = {"prompts": 24, "eval_prompts": 8, "sft_steps": 3, "sft_batch": 4, "hidden": 32, "layers": 1, "heads": 1}
 

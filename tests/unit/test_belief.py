@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cures_ray.belief import BeliefTable
+from cures_ray.curriculum.belief import BeliefTable
 from cures_ray.messages import GradientStatistics
 
 

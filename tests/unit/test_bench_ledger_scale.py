@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.ledger_cycle import Plain, Pooled, believe, config, cycle
-from benchmarks.ledger_scale import bars, main, power
-from cures_ray.pool import PromptPool, generator
+from benchmarks.micro.ledger_cycle import Plain, Pooled, believe, config, cycle
+from benchmarks.micro.ledger_scale import bars, main, power
+from cures_ray.curriculum.pool import PromptPool, generator
 
 
 def test_a_quick_run_writes_every_figure_but_the_actors(tmp_path):
@@ -57,7 +57,7 @@ def test_a_missed_bar_is_said_to_be_missed():
 
 
 def test_a_pool_whose_priors_all_changed_draws_as_one_built_anew(monkeypatch):
-    monkeypatch.setattr("cures_ray.pool.BUILD_ANEW", 0)
+    monkeypatch.setattr("cures_ray.curriculum.pool.BUILD_ANEW", 0)
     pool, fresh = (PromptPool(config("steered"), 3000) for _ in range(2))
     pool.draw(8, generator(0))
     before = pool._samplers["mean"]

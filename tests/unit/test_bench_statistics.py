@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.statistics import (
+from benchmarks.harness.statistics import (
     Curve,
     accuracy_difference,
     area,

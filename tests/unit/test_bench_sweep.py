@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cli
-from benchmarks.arms import ARMS, CONTROLS, HEADLINE, LEARNING_RATES, arm_config, display, split_arm
-from benchmarks.cell import COST_AXES, Spec, config_of, full_marks, join_curve
-from benchmarks.compare import compare, less_is_better
-from benchmarks.convergence import make_specs, parser, write_report
-from benchmarks.lr_sweep import rate_rows
-from benchmarks.results_file import RESULTS
-from benchmarks.sweep import Sweep
+from benchmarks.harness.arms import ARMS, CONTROLS, HEADLINE, LEARNING_RATES, arm_config, display, split_arm
+from benchmarks.harness.cell import COST_AXES, Spec, config_of, full_marks, join_curve
+from benchmarks.harness.compare import compare, less_is_better
+from benchmarks.harness.convergence import make_specs, parser, write_report
+from benchmarks.harness.lr_sweep import rate_rows
+from benchmarks.harness.results_file import RESULTS
+from benchmarks.harness.sweep import Sweep
 from cures_ray.messages import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

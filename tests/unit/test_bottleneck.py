@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from cures_ray.advantages import thinned, thinning_level
-from cures_ray.bottleneck import WARMUP_STEPS, Bottleneck
 from cures_ray.config import AlgoConfig
+from cures_ray.learning.advantages import thinned, thinning_level
+from cures_ray.loop.bottleneck import WARMUP_STEPS, Bottleneck
 
 
 def advantages(count: int = 4000) -> list[np.ndarray]:

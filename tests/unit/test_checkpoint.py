@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from cures_ray.checkpoint import CheckpointStore, check, step_of
 from cures_ray.messages import ConfigError
+from cures_ray.run.checkpoint import CheckpointStore, check, step_of
 
 
 async def fill(folder):

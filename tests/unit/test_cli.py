@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from actors import cli
+from actors.commands import cli
 
 
 def run(capsys, *argv) -> tuple[int, str]:
@@ -16,7 +16,7 @@ def run(capsys, *argv) -> tuple[int, str]:
 
 def test_help_answers_at_once_and_names_every_command():
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "actors.cli", "--help"], capture_output=True, text=True
+        [sys.executable, "-X", "importtime", "-m", "actors.commands.cli", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("train", "prepare", "eval", "ledger", "bench", "doctor"))

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.dry_run import dry_run
+from actors.commands.dry_run import dry_run
 from cures_ray.config_load import load_config
 from cures_ray.messages import ConfigError
 

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import Run, by_prompt, rollouts, settlement
 
-from cures_ray.curriculum import Curriculum
+from cures_ray.curriculum.machine import Curriculum
+from cures_ray.curriculum.methods import METHODS
+from cures_ray.curriculum.sampling import PotentialSampler, potential
 from cures_ray.messages import CommitReport, Discard, Lease
-from cures_ray.methods import METHODS
-from cures_ray.sampling import PotentialSampler, potential
 
 HALF = np.full(20, 0.5)
 

@@ -5,10 +5,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cures_ray.base_model import build_tokenizer
 from cures_ray.config import DataConfig, ModelConfig
-from cures_ray.data import check_disjoint, last_boxed, load_prompts, load_tokenizer
+from cures_ray.data.table import check_disjoint, last_boxed, load_prompts, load_tokenizer
 from cures_ray.messages import ConfigError
+from cures_ray.synthetic.base_model import build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_without_a_chat_template_strings_pass_and_chats_are_refused(tmp_path):
 
 
 def test_a_saved_tokenizer_comes_back_and_bad_model_paths_are_explained(tmp_path):
-    from cures_ray.base_model import BaseModelSpec, build_model
+    from cures_ray.synthetic.base_model import BaseModelSpec, build_model
 
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.doc_tables import fill, main, render
-from benchmarks.map_picture import draw
+from benchmarks.harness.doc_tables import fill, main, render
+from benchmarks.research.map_picture import draw
 from cures_ray.messages import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

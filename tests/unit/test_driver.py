@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from fakes import World, small_config
 
-from cures_ray.curriculum import Curriculum
-from cures_ray.evaluate import Evaluator
+from cures_ray.curriculum.machine import Curriculum
+from cures_ray.loop.evaluate import Evaluator
 from cures_ray.messages import Discard, RunError
 
 

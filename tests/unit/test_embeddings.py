@@ -3,11 +3,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cures_ray.base_model import build_tokenizer
 from cures_ray.config import ModelConfig
-from cures_ray.embeddings import prompt_embeddings
+from cures_ray.curriculum.predictor import DifficultyPredictor
+from cures_ray.data.embeddings import prompt_embeddings
 from cures_ray.messages import ConfigError
-from cures_ray.predictor import DifficultyPredictor
+from cures_ray.synthetic.base_model import build_tokenizer
 
 TEXTS = [f"{a}+{b}=" for a in range(10, 30) for b in (11, 22)] + [f"{a}*{b}=" for a in range(10, 30) for b in (11, 22)]
 HARD = np.array(["*" in t for t in TEXTS])

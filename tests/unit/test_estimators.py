@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from fakes import small_config
 
-from cures_ray.advantages import compute_advantages, token_weights
-from cures_ray.allocation import rloo_variance, rloo_zeta, sigma_for, sigma_gradient
-from cures_ray.belief import ScoreMoments, moments_from
+from cures_ray.curriculum.allocation import rloo_variance, rloo_zeta, sigma_for, sigma_gradient
+from cures_ray.curriculum.belief import ScoreMoments, moments_from
+from cures_ray.curriculum.planning import objective_weights
+from cures_ray.curriculum.pool import PromptPool
+from cures_ray.curriculum.sampling import Draw, PotentialSampler, potential
+from cures_ray.learning.advantages import compute_advantages, token_weights
 from cures_ray.messages import GradientStatistics
-from cures_ray.planning import objective_weights
-from cures_ray.pool import PromptPool
-from cures_ray.sampling import Draw, PotentialSampler, potential
 
 ALPHA, BETA = 3.0, 1.5  # a belief that is far from the accuracy
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from fakes import FakeFleet, FakeVerifier, Prompts
 
-from cures_ray.evaluate import Evaluator
+from cures_ray.loop.evaluate import Evaluator
+from cures_ray.loop.ports import WorkerLost
+from cures_ray.loop.sample_log import SampleLog
 from cures_ray.messages import RunError
-from cures_ray.ports import WorkerLost
-from cures_ray.sample_log import SampleLog
 
 
 def ready(fleet: FakeFleet):
@@ -53,7 +53,7 @@ async def test_a_prompt_of_a_lost_generator_goes_to_another():
 
 
 async def test_an_evaluation_without_any_generator_ends_with_an_error(monkeypatch):
-    monkeypatch.setattr("cures_ray.evaluate.RETRIES", 1)
+    monkeypatch.setattr("cures_ray.loop.evaluate.RETRIES", 1)
     with pytest.raises(RunError, match="could not be generated"):
         await Evaluator(Prompts(3), FakeVerifier())(0, lambda: [])
 

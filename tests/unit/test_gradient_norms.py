@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cures_ray import gradient_norms
-from cures_ray.gradient_norms import LastLayerStatistics
-from cures_ray.losses import SampledLogprobs
+from cures_ray.learning import gradient_norms
+from cures_ray.learning.gradient_norms import LastLayerStatistics
+from cures_ray.learning.losses import SampledLogprobs
 
 torch.set_num_threads(1)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARY = sorted((ROOT / "cures_ray").glob("*.py"))
-ACTORS = sorted((ROOT / "actors").glob("*.py"))
+LIBRARY = sorted((ROOT / "cures_ray").rglob("*.py"))
+ACTORS = sorted((ROOT / "actors").rglob("*.py"))
 # what starts actors, and the commands, may import them; actors may not import each other
 ACTOR_MODULES = {"ledger", "generator", "verifier", "learner"}
 

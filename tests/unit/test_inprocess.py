@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.analysis import by_arm
-from benchmarks.cell import Spec, config_of, run_cell
-from benchmarks.convergence import parser, write_report
-from benchmarks.costs import Costs
-from benchmarks.inprocess import ExactAccuracy, RowCache, make_curriculum, run_in_process
-from benchmarks.judges import chain, program
-from benchmarks.local_learner import LocalLearner
-from benchmarks.oracle_sigma import MeasuredMoments, install
-from benchmarks.sampler import Sampler
-from benchmarks.sweep import Sweep
-from cures_ray.base_model import BOX, BaseModelSpec, prepare
+from benchmarks.harness.analysis import by_arm
+from benchmarks.harness.cell import Spec, config_of, run_cell
+from benchmarks.harness.convergence import parser, write_report
+from benchmarks.harness.sweep import Sweep
+from benchmarks.inprocess.costs import Costs
+from benchmarks.inprocess.engine import ExactAccuracy, RowCache, make_curriculum, run_in_process
+from benchmarks.inprocess.judges import chain, program
+from benchmarks.inprocess.local_learner import LocalLearner
+from benchmarks.inprocess.oracle_sigma import MeasuredMoments, install
+from benchmarks.inprocess.sampler import Sampler
 from cures_ray.messages import GenerationRequest, Outcome, PromptRow
-from cures_ray.preflight import prepare_inputs
-from cures_ray.rewards import verify_math
-from cures_ray.tasks import TASKS, generate, solve_chain, to_row
+from cures_ray.run.preflight import prepare_inputs
+from cures_ray.synthetic.base_model import BOX, BaseModelSpec, prepare
+from cures_ray.synthetic.tasks import TASKS, generate, solve_chain, to_row
+from cures_ray.verify.mathematics import verify_math
 
 TINY = {"prompts": 96, "eval_prompts": 48, "sft_steps": 250, "sft_batch": 24, "hidden": 48, "layers": 2, "heads": 4}
 SMALL_BATCH = {"curriculum.rollouts_per_step": 64, "curriculum.prompts_per_step": 8, "curriculum.n_max": 16}
@@ -64,7 +64,7 @@ def spec(bases: Path, label: str, seed: int = 0, budget: int = 256, **extra) -> 
 
 def sampler_of(bases: Path) -> tuple[Sampler, RowCache]:
     inputs = prepare_inputs(config_of(spec(bases, "grpo"), Path("unused")), claim_run_dir=False, test_verifier=False)
-    from actors.learner_engine import load_model
+    from actors.deepspeed_engine import load_model
 
     return Sampler(load_model(inputs.config), inputs.tokenizer, 1.0, 12), RowCache(inputs.train)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from fakes import small_config
 
-from cures_ray.journal import Journal, JournalError, intact_bytes, read
-from cures_ray.ledger import Ledger, generations, journal_path
+from cures_ray.ledger.journal import Journal, JournalError, intact_bytes, read
+from cures_ray.ledger.ledger import Ledger, generations, journal_path
 from cures_ray.messages import CommitReport, Discard, Settlement
 
 IDS = np.arange(1, 65, dtype=np.uint64)

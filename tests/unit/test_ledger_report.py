@@ -8,16 +8,16 @@ import pytest
 from fakes import small_config
 from test_ledger import CONFIGS, settlement, take
 
-from cures_ray.data import curriculum_columns, load_prompts
-from cures_ray.journal import read
-from cures_ray.ledger import Ledger, generations, journal_path
-from cures_ray.ledger_picture import draw_ledger
-from cures_ray.ledger_read import PlainTokenizer, current, open_run
-from cures_ray.ledger_replay import both_outcomes, replay
-from cures_ray.ledger_report import main
-from cures_ray.ledger_text import bars, quantiles, some
+from cures_ray.data.table import curriculum_columns, load_prompts
+from cures_ray.ledger.journal import read
+from cures_ray.ledger.ledger import Ledger, generations, journal_path
+from cures_ray.ledger.picture import draw_ledger
+from cures_ray.ledger.read import PlainTokenizer, current, open_run
+from cures_ray.ledger.replay import both_outcomes, replay
+from cures_ray.ledger.report import main
+from cures_ray.ledger.text import bars, quantiles, some
 from cures_ray.messages import CommitReport, ConfigError, Discard
-from cures_ray.preflight import claim
+from cures_ray.run.preflight import claim
 from cures_ray.snapshot import write_state
 
 

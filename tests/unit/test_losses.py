@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cures_ray.config import AlgoConfig
-from cures_ray.losses import (
+from cures_ray.learning.losses import (
     LOSSES,
     LossInputs,
     SampledLogprobs,

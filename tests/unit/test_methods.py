@@ -5,12 +5,12 @@ import pytest
 from fakes import small_config
 from simulated import Run, by_prompt, rollouts
 
-from cures_ray.advantages import ADVANTAGES
-from cures_ray.allocation import apportion, sigma_bernoulli
+from cures_ray.curriculum.allocation import apportion, sigma_bernoulli
+from cures_ray.curriculum.methods import METHODS, allocate
+from cures_ray.curriculum.pool import PromptPool
+from cures_ray.curriculum.sampling import Draw
+from cures_ray.learning.advantages import ADVANTAGES
 from cures_ray.messages import GradientStatistics
-from cures_ray.methods import METHODS, allocate
-from cures_ray.pool import PromptPool
-from cures_ray.sampling import Draw
 
 MIXED = np.linspace(0.0, 1.0, 60)
 PILOTS = {"pilot_rollouts": 4}

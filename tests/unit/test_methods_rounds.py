@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from simulated import Run, by_prompt, rollouts, settlement
 
-from cures_ray.allocation import apportion, gvm_weights
-from cures_ray.assemble import assemble
+from cures_ray.curriculum.allocation import apportion, gvm_weights
+from cures_ray.loop.assemble import assemble
 from cures_ray.messages import Discard, GradientStatistics, GroupSummary
 
 MIXED = np.linspace(0.0, 1.0, 60)

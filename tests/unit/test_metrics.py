@@ -5,8 +5,8 @@ import numpy as np
 from fakes import small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cures_ray.metrics import ProgressView, RunLog
-from cures_ray.run_picture import draw_run, read_metrics
+from cures_ray.run.picture import draw_run, read_metrics
+from cures_ray.run.sinks import ProgressView, RunLog
 
 RECORD = {"rollout/reward": 0.5, "staleness/mean": 0.25, "curriculum/tau": 0.1, "accounting/in_flight": 64.0}
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cures_ray.packing import Row, collate, pack
+from cures_ray.learning.packing import Row, collate, pack
 
 TOKENS = np.random.default_rng(0).integers(5, 200, size=157)
 

@@ -1,6 +1,6 @@
 import pytest
 
-from actors.placement import check_feasible, roles
+from actors.cluster.placement import check_feasible, roles
 from cures_ray.config import Config
 from cures_ray.messages import ConfigError
 

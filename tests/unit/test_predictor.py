@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from cures_ray.predictor import DifficultyPredictor, LevelPrior, level_codes, prompt_features
+from cures_ray.curriculum.predictor import DifficultyPredictor, LevelPrior, level_codes
+from cures_ray.data.features import prompt_features
 
 
 def test_levels_may_be_anything():

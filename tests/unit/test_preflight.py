@@ -4,7 +4,7 @@ import pytest
 from fakes import small_config
 
 from cures_ray.messages import ConfigError
-from cures_ray.preflight import changed_settings, claim
+from cures_ray.run.preflight import changed_settings, claim
 
 
 def config(folder, **checkpoint):

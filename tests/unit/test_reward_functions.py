@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cures_ray.messages import ConfigError, Outcome, Verdict
-from cures_ray.reward_functions import load_reward_function, to_verdict
+from cures_ray.verify.functions import load_reward_function, to_verdict
 
 SOURCE = """
 import asyncio

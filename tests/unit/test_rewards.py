@@ -3,7 +3,7 @@ r"""The rules of the mathematical verifier, in this process (no hostile input he
 import pytest
 
 from cures_ray.messages import Outcome
-from cures_ray.rewards import GoldError, extract_boxed, printable, read_gold, verify_math
+from cures_ray.verify.mathematics import GoldError, extract_boxed, printable, read_gold, verify_math
 
 
 def outcome(gold: str, answer: str) -> str:

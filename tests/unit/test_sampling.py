@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cures_ray.sampling import (
+from cures_ray.curriculum.sampling import (
     TAU_MAX,
     TAU_MIN,
     EpochSampler,

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from cures_ray.messages import Outcome
-from cures_ray.sandbox import Sandbox, extract_code, read_tests, same_value, sandbox_report, verify_code
-from cures_ray.tasks import generate
+from cures_ray.synthetic.tasks import generate
+from cures_ray.verify.programs import Sandbox, extract_code, read_tests, same_value, sandbox_report, verify_code
 
 DOUBLE = json.dumps({"entry": "f", "tests": [[[1], 2], [5, 10]]})
 STDIN = json.dumps({"inputs": ["1\n", "2\n"], "outputs": ["2\n", "4"]})
@@ -161,7 +161,7 @@ def test_the_format_reward_goes_to_a_wrong_program(sandbox):
 def test_the_programs_of_the_synthetic_task_are_judged_rightly(sandbox):
     import numpy as np
 
-    from cures_ray.tasks import TASKS
+    from cures_ray.synthetic.tasks import TASKS
 
     first, second = generate("program", seed=0, count=2)
     solve = TASKS["program"].solve

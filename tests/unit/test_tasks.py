@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from cures_ray.tasks import BOX, CODE_CLOSE, CODE_OPEN, TASKS, apply, generate, to_row
+from cures_ray.synthetic.tasks import BOX, CODE_CLOSE, CODE_OPEN, TASKS, apply, generate, to_row
 
 
 def success(task: str, variant: str, seed: int = 0, samples: int = 8) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 
 from cures_ray.config import Config, VerifierConfig
 from cures_ray.messages import ConfigError, Outcome, PromptRow
-from cures_ray.verify_pool import VerifyItem, VerifyPool, hard_deadline, self_test
+from cures_ray.verify.pool import VerifyItem, VerifyPool, hard_deadline, self_test
 
 TIMEOUT_S = 0.5
 START_S = 60.0  # of a process, on a busy machine

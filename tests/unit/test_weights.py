@@ -14,10 +14,17 @@ from safetensors.torch import load_file
 
 from actors.engine_settings import canary_tolerance, engine_arguments, kv_cache_mib
 from actors.generator import rollout_seed
-from actors.weights import nccl_info, remove_stale_folders, resolve_backend, send_weights, shm_folder, write_shm
+from actors.weights.transfer import (
+    nccl_info,
+    remove_stale_folders,
+    resolve_backend,
+    send_weights,
+    shm_folder,
+    write_shm,
+)
 from cures_ray.config import Config
+from cures_ray.loop.ports import CanaryFailed
 from cures_ray.messages import ConfigError, RunError
-from cures_ray.ports import CanaryFailed
 
 
 def config(**sections) -> Config:
@@ -79,7 +86,7 @@ def test_a_full_shared_memory_says_what_is_needed_and_free(tmp_path, monkeypatch
 
 
 def test_folders_of_dead_processes_are_removed_and_those_of_living_ones_kept(tmp_path):
-    code = "import sys; from pathlib import Path; from actors.weights import shm_folder; "
+    code = "import sys; from pathlib import Path; from actors.weights.transfer import shm_folder; "
     code += "print(shm_folder(Path('other'), Path(sys.argv[1])))"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     dead = tmp_path / os.path.basename(done.stdout.strip())

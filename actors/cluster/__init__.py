@@ -1,0 +1,1 @@
+"""Starts, places, replaces and joins the actors. May import: the library, every actor, ``weights``."""

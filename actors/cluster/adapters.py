@@ -1,0 +1,166 @@
+"""The driver's ports over Ray actors: deadlines, retries, and Ray's errors as `WorkerLost`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RaySystemError,
+    WorkerCrashedError,
+)
+
+from cures_ray.loop.ports import GeneratorPort, WorkerLost
+from cures_ray.messages import (
+    Accounting,
+    BatchPlan,
+    CommitReport,
+    Discard,
+    GenerationRequest,
+    GroupSummary,
+    Lease,
+    LedgerStatus,
+    PayloadHandle,
+    PromptRow,
+    RunError,
+    Settlement,
+    SettleReply,
+    SyncReport,
+    Verdict,
+    WeightUpdate,
+)
+
+GONE = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, RaySystemError, GetTimeoutError)
+MARGIN_S = 30.0  # beyond a worker's own deadline
+
+
+async def answer(ref: Any, who: str, timeout_s: float) -> Any:
+    """Await an object ref; raise WorkerLost when its worker is gone or silent past ``timeout_s``."""
+    scope = asyncio.timeout(timeout_s)
+    try:
+        async with scope:
+            return await asyncio.wrap_future(ref.future())
+    except GONE as error:
+        raise WorkerLost(f"{who}: {type(error).__name__}") from error
+    except TimeoutError as error:
+        if not scope.expired():  # raised inside the worker: its own deadline
+            raise
+        raise WorkerLost(f"{who}: no answer within {timeout_s:.0f} s") from error
+
+
+class RayLedger:
+    """LedgerPort. The actor recovers from its journal, so calls are repeated until it is back; lease calls are
+    numbered, so that one whose answer was lost gets the same leases again."""
+
+    def __init__(self, handle: Any, patience_s: float = 120.0) -> None:
+        self.handle, self.patience_s = handle, patience_s
+        self._lease_calls = 0
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        deadline = asyncio.get_running_loop().time() + self.patience_s
+        delay = 0.2
+        while True:
+            try:
+                return await answer(getattr(self.handle, method).remote(*args), "ledger", self.patience_s)
+            except WorkerLost as error:
+                if asyncio.get_running_loop().time() + delay > deadline:
+                    raise RunError(f"the ledger did not come back within {self.patience_s:.0f} s: {error}") from error
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 5.0)
+
+    async def lease(self, worker: str, max_rollouts: int, version: int) -> list[Lease]:
+        self._lease_calls += 1
+        return await self._call("lease", worker, max_rollouts, version, self._lease_calls)
+
+    async def settle(self, settlement: Settlement) -> SettleReply:
+        return await self._call("settle", settlement)
+
+    async def give_back(self, keys: list[tuple[int, int]], reason: Discard) -> None:
+        await self._call("give_back", keys, reason)
+
+    async def plan(self, batch: int) -> BatchPlan | None:
+        return await self._call("plan", batch)
+
+    async def commit(self, report: CommitReport) -> Accounting:
+        return await self._call("commit", report)
+
+    async def status(self) -> LedgerStatus:
+        return await self._call("status")
+
+    async def save(self, folder: Path) -> None:
+        await self._call("save", str(folder))
+
+
+class RayGenerator:
+    """GeneratorPort over one GeneratorActor."""
+
+    def __init__(self, name: str, handle: Any, timeout_s: float) -> None:
+        self.name, self.handle, self.timeout_s = name, handle, timeout_s
+
+    async def generate(self, request: GenerationRequest) -> tuple[GroupSummary, PayloadHandle]:
+        summary, payload = self.handle.generate.options(num_returns=2).remote(request)
+        return await answer(summary, f"generator {self.name}", self.timeout_s + MARGIN_S), payload
+
+    async def update_weights(self, update: WeightUpdate) -> SyncReport:
+        return await answer(
+            self.handle.update_weights.remote(update), f"generator {self.name}", self.timeout_s + MARGIN_S
+        )
+
+
+class RayFleet:
+    """FleetPort: starts generators and replaces the dead, within a budget.
+
+    Args:
+        start: makes the actor of index i and returns its handle; the actor has a ``start`` method to await.
+    """
+
+    def __init__(self, start: Callable[[int], Any], timeout_s: float, restarts: int = 20) -> None:
+        self._start, self.timeout_s, self._restarts = start, timeout_s, restarts
+        self._members: dict[str, RayGenerator] = {}
+
+    async def launch(self, count: int, start_timeout_s: float = 300.0) -> None:
+        await asyncio.gather(*(self._add(i, start_timeout_s) for i in range(count)))
+
+    async def _add(self, index: int, start_timeout_s: float = 300.0) -> RayGenerator:
+        name = f"generator-{index}"
+        handle = self._start(index)
+        try:
+            await answer(handle.start.remote(), name, start_timeout_s)
+        except WorkerLost as error:
+            raise RunError(f"{name} did not start: {error}; its log is in Ray's session folder") from error
+        self._members[name] = RayGenerator(name, handle, self.timeout_s)
+        return self._members[name]
+
+    def generators(self) -> list[GeneratorPort]:
+        return list(self._members.values())
+
+    async def replace(self, name: str, why: str) -> GeneratorPort:
+        if self._restarts == 0:
+            raise RunError(f"{name} was lost ({why}) and the budget of restarts is used up")
+        self._restarts -= 1
+        ray.kill(self._members[name].handle)
+        return await self._add(int(name.rsplit("-", 1)[1]))
+
+
+class RayVerifiers:
+    """VerifierPort over V actors: the one with the least work; Ray restarts a dead one and repeats its task."""
+
+    def __init__(self, handles: list[Any], timeout_s: float) -> None:
+        self.handles, self.timeout_s = handles, timeout_s
+        self._load = [0] * len(handles)
+
+    async def verify(self, payload: PayloadHandle, prompt: PromptRow) -> list[Verdict]:
+        index = min(range(len(self.handles)), key=self._load.__getitem__)
+        self._load[index] += 1
+        try:
+            ref = self.handles[index].verify.remote(payload, prompt)
+            return await answer(ref, f"verifier-{index}", self.timeout_s)
+        finally:
+            self._load[index] -= 1

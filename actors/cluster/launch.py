@@ -1,0 +1,292 @@
+"""From a configuration to a finished run: Ray, placement groups, actors, the driver, teardown."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.cluster.adapters import RayFleet, RayLedger, RayVerifiers, answer
+from actors.cluster.placement import Placement
+from actors.generator import GeneratorActor
+from actors.learner import LearnerGroup
+from actors.ledger import LedgerActor, write_columns
+from actors.verifier import VerifierActor
+from actors.weights.transfer import resolve_backend, shm_folder
+from cures_ray.config import Config
+from cures_ray.data.table import curriculum_columns
+from cures_ray.loop.driver import Driver, Ports
+from cures_ray.loop.evaluate import Evaluator
+from cures_ray.loop.sample_log import SampleLog
+from cures_ray.messages import Accounting, ConfigError
+from cures_ray.run.checkpoint import CheckpointStore, step_of
+from cures_ray.run.preflight import Inputs, prepare_inputs
+from cures_ray.run.sinks import RunLog
+
+QUIET = {
+    "PYTHONWARNINGS": "ignore",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class RunSummary:
+    """What a run leaves behind; ``summary.json`` holds the same fields."""
+
+    accounting: Accounting
+    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    seconds_start: float = 0.0  # Ray, placement, engines
+    seconds_training: float = 0.0
+    run_dir: Path = Path()
+    exported: Path | None = None
+    seed: int = 0
+    interrupted_at: int | None = None  # the step before which SIGINT or SIGTERM ended the run
+    steps: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        first, last = (self.evaluations[0][1], self.evaluations[-1][1]) if self.evaluations else ({}, {})
+        prefix = "eval/greedy_accuracy/level_"
+        return {
+            "held_out_accuracy_before": first.get("eval/greedy_accuracy"),
+            "held_out_accuracy_after": last.get("eval/greedy_accuracy"),
+            "by_level": {
+                k.removeprefix(prefix): {"before": first.get(k), "after": last[k]}
+                for k in sorted(last)
+                if k.startswith(prefix)
+            },
+            "planned": self.accounting.planned,
+            "trained": self.accounting.trained,
+            "discarded": {k.value: v for k, v in self.accounting.discarded.items()},
+            "in_flight": self.accounting.in_flight,
+            "seconds_start": round(self.seconds_start, 1),
+            "seconds_training": round(self.seconds_training, 1),
+            "seed": self.seed,
+            "interrupted_at": self.interrupted_at,
+            "exported_model": str(self.exported) if self.exported else None,
+            "evaluations": [{"version": v, **m} for v, m in self.evaluations],
+        }
+
+
+def start_ray(config: Config) -> bool:
+    """Connect to the cluster of ``ray.address`` or RAY_ADDRESS, or start one here. True: started here."""
+    if ray.is_initialized():
+        return False
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": QUIET}}
+    if address:
+        ray.init(address=address, **common)
+        return False
+    own: dict[str, Any] = {
+        "num_cpus": config.ray.num_cpus,
+        "num_gpus": config.ray.num_gpus,
+        "include_dashboard": config.ray.dashboard,
+        "object_store_memory": config.ray.object_store_mb << 20,
+    }
+    try:
+        ray.init(**own, **common)
+    except Exception as error:  # Ray gives its node 30 s to register, which a busy machine may miss once
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        ray.init(**own, **common)
+    return True
+
+
+@contextmanager
+def own_ray(config: Config) -> Iterator[None]:
+    """``start_ray`` for the length of a block; ended afterwards if it was started here."""
+    started_here = start_ray(config)
+    try:
+        yield
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def train(config: Config, inputs: Inputs | None = None) -> RunSummary:
+    """Run ``config`` to its end. Blocks; SIGINT and SIGTERM end the run after a checkpoint.
+
+    Raises:
+        ConfigError: before any actor starts.
+        RunError: a failure that the run cannot survive.
+    """
+    inputs = inputs or prepare_inputs(config)
+    if inputs.resume is not None and step_of(inputs.resume) >= config.trainer.steps:
+        raise ConfigError(
+            f"{inputs.run_dir} has trained {step_of(inputs.resume)} steps already and trainer.steps is "
+            f"{config.trainer.steps}: nothing to do; raise trainer.steps, or choose another checkpoint.dir"
+        )
+    began = time.monotonic()
+    with own_ray(config):
+        run = Run(config, inputs)
+        try:
+            return asyncio.run(run.execute(began))
+        finally:
+            run.teardown()
+
+
+class Run:
+    """The actors of one run and their end."""
+
+    def __init__(self, config: Config, inputs: Inputs) -> None:
+        self.config, self.inputs = config, inputs
+        self.placement = Placement(config)
+        self.log = RunLog(config, inputs.run_dir)
+        self.shm = shm_folder(inputs.run_dir)
+        self.actors: list[Any] = []
+        self.learner: LearnerGroup | None = None
+        self.backend = self._backend()
+        self.store = CheckpointStore(inputs.run_dir, config.checkpoint.keep)
+        for note in inputs.notes:
+            self.log.note(note)
+
+    async def execute(self, began: float) -> RunSummary:
+        ports = await self._start_actors()
+        evaluator = self._evaluator(ports)
+        version = 0
+        if self.inputs.resume is not None:
+            version = step_of(self.inputs.resume)
+            evaluator.history = _load_history(self.inputs.resume)
+            self.log.note(f"resuming from {self.inputs.resume} at version {version}")
+        driver = Driver(
+            self.config,
+            self.inputs.train,
+            ports,
+            self.log,
+            version=version,
+            evaluate=evaluator if self.inputs.eval is not None else None,
+            save_checkpoint=lambda v: self._save(v, ports, evaluator),
+        )
+        started = time.monotonic()
+        self.log.note(f"all actors are up after {started - began:.0f} s; run folder {self.inputs.run_dir}")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(NotImplementedError, RuntimeError, ValueError):
+                asyncio.get_running_loop().add_signal_handler(number, driver.stop)
+        accounting = await driver.run()
+        summary = RunSummary(
+            accounting=accounting,
+            evaluations=evaluator.history,
+            seconds_start=started - began,
+            seconds_training=time.monotonic() - started,
+            run_dir=self.inputs.run_dir,
+            seed=self.config.trainer.seed,
+            interrupted_at=driver.interrupted_at,
+            steps=self.config.trainer.steps,
+        )
+        if self.config.checkpoint.export_final:
+            summary.exported = self.inputs.run_dir / "model"
+            await ports.learner.export(summary.exported)
+        path = self.inputs.run_dir / "summary.json"
+        path.write_text(json.dumps(summary.as_json(), indent=1) + "\n")
+        return summary
+
+    async def _start_actors(self) -> Ports:
+        """Generators, learner and verifiers start side by side; the ledger last, when everything stands."""
+        config, inputs = self.config, self.inputs
+        options = [self.placement.options("learner", rank) for rank in range(config.learner.num_ranks)]
+        learner = self.learner = LearnerGroup(config, options)
+        fleet = RayFleet(self._generator, config.rollout.timeout_s)
+        verifiers = [self._verifier(i) for i in range(config.verifier.num_workers)]
+        resume = inputs.resume / "learner" if inputs.resume else None
+        canary = [inputs.train.row(i).token_ids for i in range(min(config.weights.canary_prompts, len(inputs.train)))]
+        await asyncio.gather(
+            learner.start(self.shm, self.backend, canary, resume),
+            fleet.launch(config.rollout.num_generators),
+        )
+        ledger = self._ledger()
+        return Ports(
+            ledger=RayLedger(ledger),
+            fleet=fleet,
+            verifier=RayVerifiers(verifiers, config.rollout.timeout_s),
+            learner=learner,
+        )
+
+    def _backend(self) -> str:
+        """Ray's GPUs may be logical ones on a CPU host: the learner's node is asked whether CUDA is there."""
+        on_gpu = self.placement.roles["learner"].gpus > 0
+        if on_gpu:
+            probe = ray.remote(_has_cuda).options(**self.placement.options("learner", 0))
+            on_gpu = ray.get(probe.remote(), timeout=self.config.placement.timeout_s + 60)
+        return resolve_backend(self.config, on_gpu=on_gpu, colocated=self.config.placement.colocate)
+
+    def _ledger(self) -> Any:
+        inputs = self.inputs
+        actor = ray.remote(LedgerActor).options(num_cpus=0, max_restarts=-1, max_task_retries=0)
+        folder = inputs.run_dir.resolve() / "ledger"
+        write_columns(folder, *curriculum_columns(self.config, inputs.train))
+        handle = actor.remote(
+            str(folder),
+            self.config,
+            uuid.uuid4().hex,
+            str(inputs.resume.resolve() / "ledger") if inputs.resume else None,
+        )
+        self.actors.append(handle)
+        return handle
+
+    def _generator(self, index: int) -> Any:
+        options = self.placement.options("generator", index)
+        actor = ray.remote(GeneratorActor).options(max_concurrency=1000, **options)
+        handle = actor.remote(f"generator-{index}", self.config, self.config.model.path, backend=self.backend)
+        self.actors.append(handle)
+        return handle
+
+    def _verifier(self, index: int) -> Any:
+        options = self.placement.options("verifier", index)
+        actor = ray.remote(VerifierActor).options(max_restarts=-1, max_task_retries=3, max_concurrency=64, **options)
+        handle = actor.remote(self.config)
+        self.actors.append(handle)
+        return handle
+
+    def _evaluator(self, ports: Ports) -> Evaluator:
+        prompts = self.inputs.eval if self.inputs.eval is not None else self.inputs.train
+        c = self.config
+        samples = SampleLog(
+            self.inputs.run_dir / "samples.jsonl",
+            c.eval.logged_samples,
+            lambda payload: answer(payload, "samples", c.rollout.timeout_s),
+        )
+        return Evaluator(prompts, ports.verifier, c.eval.samples_per_prompt, c.trainer.seed, samples)
+
+    async def _save(self, version: int, ports: Ports, evaluator: Evaluator) -> None:
+        async def write(folder: Path) -> None:
+            for part in ("learner", "ledger"):
+                (folder / part).mkdir()
+            await ports.learner.save(folder / "learner")
+            await ports.ledger.save(folder / "ledger")
+            state = {"version": version, "evaluations": [[v, m] for v, m in evaluator.history]}
+            (folder / "driver.json").write_text(json.dumps(state))
+
+        await self.store.save(version, write)
+
+    def teardown(self) -> None:
+        """End every actor, placement group and shared-memory file of this run."""
+        for handle in [*self.actors, *(self.learner.ranks if self.learner else [])]:
+            with suppress(Exception):
+                ray.kill(handle)
+        self.placement.remove()
+        shutil.rmtree(self.shm, ignore_errors=True)
+        self.log.close()
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _load_history(checkpoint: Path) -> list[tuple[int, dict[str, float]]]:
+    state = json.loads((checkpoint / "driver.json").read_text())
+    return [(int(v), {k: float(x) for k, x in m.items()}) for v, m in state["evaluations"]]

@@ -1,0 +1,62 @@
+"""What a finished run says: accuracy before and after, conservation, and where to look further."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from actors.cluster.launch import RunSummary
+
+
+def ending(summary: RunSummary) -> str:
+    """The last lines of ``cures train``."""
+    data, run_dir = summary.as_json(), summary.run_dir
+    lines = ["", *accuracy_lines(data), "", f"rollouts: {summary.accounting.line()}", ""]
+    lines += [f"training took {summary.seconds_training:.0f} s after {summary.seconds_start:.0f} s of start-up"]
+    if summary.interrupted_at is not None:
+        lines += [
+            f"interrupted at step {summary.interrupted_at} of {summary.steps}, with a checkpoint: the same command "
+            f"continues"
+        ]
+    if summary.exported:
+        lines += [f"exported model   {summary.exported}   (AutoModelForCausalLM.from_pretrained, vllm.LLM)"]
+    lines += [
+        f"summary          {run_dir / 'summary.json'}",
+        f"TensorBoard log  {run_dir / 'tensorboard'}",
+        "",
+        "look further:",
+        f"  {command('tensorboard')} --logdir {run_dir / 'tensorboard'}",
+        f"  {command('cures')} ledger {run_dir}",
+        f"  {command('cures')} ledger {run_dir} --replay tau=0.05",
+    ]
+    return "\n".join(lines)
+
+
+def accuracy_lines(data: dict[str, Any]) -> list[str]:
+    """Held-out greedy accuracy before and after, in all and by level."""
+    before, after = data["held_out_accuracy_before"], data["held_out_accuracy_after"]
+    if after is None:
+        return ["no held-out evaluation was made (data.eval, eval.interval)"]
+    lines = [f"{'held-out accuracy':<20}{'before':>8}{'after':>8}{'gain':>8}"]
+    rows = [("all", before, after)]
+    rows += [(f"level {k}", v["before"], v["after"]) for k, v in data["by_level"].items()]
+    for name, first, last in rows:
+        lines.append(f"{name:<20}{_number(first)}{_number(last)}{_number(_gain(first, last), '+')}")
+    return lines
+
+
+def command(name: str) -> str:
+    """How to call ``name`` from the shell as this process was called: from the same virtual environment."""
+    beside = Path(sys.executable).parent / name
+    if not beside.exists():
+        return name
+    return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
+
+
+def _gain(first: float | None, last: float | None) -> float | None:
+    return None if first is None or last is None else last - first
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return f"{'-':>8}" if value is None else f"{value:>{sign}8.3f}"

@@ -1,0 +1,1 @@
+"""Weights from the learner to the generators, a backend a module. May import: the library."""

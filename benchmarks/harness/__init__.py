@@ -1,0 +1,1 @@
+"""Sweeps of arms over seeds, statistics, tables and plots. May import: the product, ``inprocess``."""

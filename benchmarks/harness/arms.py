@@ -1,0 +1,283 @@
+"""What is compared: every arm is a set of overrides of one common configuration, nothing else.
+
+``NAME@key=value@key=value`` is an arm with further overrides (``wide@learner.lr=2e-3``): the name of the run says
+what it is. A bare key without a dot is looked up in the curriculum section.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from cures_ray.config import Config
+from cures_ray.config_load import known_keys
+from cures_ray.messages import ConfigError
+from cures_ray.synthetic.tasks import TASKS
+
+Overrides = dict[str, Any]
+
+EVALUATIONS = 20  # evaluations within a budget, about
+
+# The same for every arm and task. 32 prompts x 8 rollouts = 256 rollouts a step.
+COMMON: Overrides = {
+    "data.max_prompt_tokens": 64,
+    "data.max_eval_prompts": 256,
+    "curriculum.prompts_per_step": 32,
+    "curriculum.rollouts_per_step": 256,
+    "curriculum.n_min": 2,
+    "curriculum.n_max": 32,
+    # what the product's defaults would otherwise add to every arm
+    "curriculum.allocation": "sigma",
+    "curriculum.prior_from": "constant",
+    "curriculum.prior_scope": "unseen",
+    "curriculum.prior_strength": 2.0,
+    "curriculum.discount": 0.95,
+    "algo.min_advantage": 0.0,
+    "rollout.dtype": "float32",
+    "rollout.max_concurrent_rollouts": 256,
+    "rollout.enforce_eager": True,
+    "rollout.kv_cache_mib": 64,
+    "algo.loss": "clip",
+    "algo.loss_length": "constant",
+    "algo.overlong_penalty_tokens": 2,  # else nothing teaches to stop: policies go on after the answer
+    "async_rl.max_staleness": 0,
+    "learner.dtype": "float32",
+    # the gradient's size fades as the policy gets certain; Adam should not take full steps along its noise then
+    "learner.adam_beta2": 0.999,
+    "learner.warmup_steps": 5,
+    "learner.max_tokens_per_rank": 8192,
+    "checkpoint.interval": 0,
+    "checkpoint.export_final": False,
+    "logging.progress": "off",
+    "logging.tensorboard": False,
+    "placement.generator_cpus": 0.5,
+    "placement.verifier_cpus": 0.25,
+}
+
+_GRPO: Overrides = {"curriculum.method": "uniform", "curriculum.draw": "epoch", "algo.advantage": "grpo"}
+_SINGLE: Overrides = {"curriculum.prompts_per_step": 256, "curriculum.n_min": 1, "curriculum.n_max": 1}
+_GVM: Overrides = {  # gradient norms from the last layer, cached from training; the paper measures them on the pilots
+    "curriculum.method": "gvm",
+    "curriculum.draw": "epoch",
+    "curriculum.pilot_rollouts": 4,
+    "curriculum.sigma": "last_layer",
+}
+_PAPER: Overrides = {  # Algorithm 1: 7 subsets of 2048 prompts, N' = 4 (32 % of the budget), 10 steps each
+    "curriculum.method": "cures",
+    "curriculum.belief": "reset",
+    "curriculum.subsets": 7,
+    "curriculum.subset_steps": 10,
+    "curriculum.pilot_rollouts": 4,
+    "curriculum.tau": 0.1,
+    "algo.advantage": "grpo",
+}
+_ONLINE: Overrides = {  # CurES without pilots or resets: beliefs move with every verified rollout
+    "curriculum.method": "cures",
+    "curriculum.belief": "discount",
+    "curriculum.target_ess_fraction": 0.5,
+    "algo.advantage": "grpo",
+}
+_SIGMA: Overrides = _ONLINE | {"curriculum.sampling": "uniform", "algo.advantage": "rloo"}
+_WIDE: Overrides = {  # 256 prompts x 1 rollout; the belief from before the step is the baseline
+    "curriculum.method": "cures",
+    "curriculum.prompts_per_step": 256,
+    "curriculum.n_min": 1,
+    "curriculum.n_max": 4,
+    "curriculum.belief": "discount",
+    "curriculum.sampling": "uniform",
+    "curriculum.allocation": "uniform",
+    "curriculum.draw": "epoch",
+    "algo.advantage": "posterior_loo",
+}
+_WIDE_CURES: Overrides = _WIDE | {
+    "curriculum.sampling": "potential",
+    "curriculum.allocation": "sigma",
+    "curriculum.draw": "with_replacement",
+    "curriculum.target_ess_fraction": 0.5,
+}
+_PREDICT: Overrides = {  # the belief's prior follows a predictor fitted online, also where there is evidence
+    "curriculum.prior_from": "predictor",
+    "curriculum.prior_scope": "all",
+    "curriculum.prior_strength": 4.0,
+    "curriculum.discount": 0.8,
+}
+_CURES_WIDE: Overrides = (  # rho* draws, one rollout each, predicted baseline and scale, no work on the expected
+    _WIDE_CURES
+    | _PREDICT
+    | {"curriculum.allocation": "uniform", "algo.advantage": "posterior_std", "algo.min_advantage": 0.3}
+)
+
+ARMS: dict[str, Overrides] = {
+    # the field
+    "grpo": _GRPO,
+    "rloo": _GRPO | {"algo.advantage": "rloo"},
+    "dr_grpo": _GRPO | {"algo.advantage": "dr_grpo"},
+    "rpp": _GRPO | {"algo.advantage": "reinforce_pp"},
+    "rpp_baseline": _GRPO | {"algo.advantage": "reinforce_pp_baseline"},
+    "rpp_single": _GRPO | {"algo.advantage": "reinforce_pp"} | _SINGLE,  # one response a prompt, as many prompts
+    "gvm": _GVM | {"algo.advantage": "grpo"},
+    "gvm_raft": _GVM | {"algo.advantage": "raft_pp"},
+    "dapo": {
+        "curriculum.method": "dapo",
+        "curriculum.draw": "epoch",
+        "algo.advantage": "grpo",
+        "algo.clip_eps_high": 0.28,
+        "algo.loss_length": "token",
+    },
+    "speed": {"curriculum.method": "speed", "curriculum.draw": "epoch", "algo.advantage": "grpo"},
+    "mopps": {"curriculum.method": "mopps", "curriculum.belief_draw": "thompson", "algo.advantage": "grpo"},
+    "ada": {"curriculum.method": "reinforce_ada", "curriculum.draw": "epoch", "algo.advantage": "dr_grpo"},
+    "knapsack": {"curriculum.method": "knapsack", "curriculum.draw": "epoch", "algo.advantage": "grpo"},
+    # CurES as published, and its parts
+    "cures": _PAPER,
+    "cures_rpp": _PAPER | {"algo.advantage": "reinforce_pp"},
+    "cures_n1": _PAPER | {"curriculum.pilot_rollouts": 1},
+    "cures_n8": _PAPER | {"curriculum.pilot_rollouts": 8},
+    "cures_train_pilots": _PAPER | {"curriculum.train_on_pilots": True},
+    "cures_discount": _PAPER | {"curriculum.belief": "discount", "curriculum.pilot_rollouts": 0},
+    "cures_online": _ONLINE,
+    "cures_online_sampling": _ONLINE | {"curriculum.allocation": "uniform"},
+    "cures_online_allocation": _ONLINE | {"curriculum.sampling": "uniform"},
+    "cures_online_rloo": _ONLINE | {"algo.advantage": "rloo"},
+    "cures_online_last_layer": _ONLINE | {"curriculum.sigma": "last_layer"},
+    # sigma where it matters: uniform prompts, unequal n_i, an advantage that is not divided by the prompt's spread
+    "sigma_bernoulli": _SIGMA,
+    "sigma_last_layer": _SIGMA | {"curriculum.sigma": "last_layer"},
+    # wide batches, the posterior as the baseline
+    "wide": _WIDE,
+    "wide_cures": _WIDE_CURES,
+    "wide_sampling": _WIDE_CURES | {"curriculum.allocation": "uniform"},
+    "wide_predictor": _WIDE | _PREDICT,
+    "wide_predictor_std": _WIDE | _PREDICT | {"algo.advantage": "posterior_std"},
+    "wide_cures_predictor": _WIDE_CURES | _PREDICT,
+    "cures_wide": _CURES_WIDE,
+    "cures_wide_uniform": _CURES_WIDE | {"curriculum.sampling": "uniform", "curriculum.draw": "epoch"},  # its control
+    # controls
+    "uniform_curriculum": {  # GRPO through the curriculum's own code path
+        "curriculum.method": "cures",
+        "curriculum.sampling": "uniform",
+        "curriculum.allocation": "uniform",
+        "curriculum.draw": "epoch",
+        "algo.advantage": "grpo",
+    },
+}
+# Controls outside the configuration. coin: rewards are coin flips. oracle: the belief is the true accuracy, free.
+# oracle_sigma: that, and the score moments are measured on many fresh rollouts, free.
+CONTROLS: dict[str, tuple[str, str]] = {  # control arm -> (arm, control)
+    "random_grpo": ("grpo", "coin"),
+    "random_wide": ("wide", "coin"),
+    "random_wide_cures": ("wide_cures", "coin"),
+    "random_cures_wide": ("cures_wide", "coin"),
+    "oracle_cures": ("cures_online", "oracle"),
+    "oracle_wide_cures": ("wide_cures", "oracle"),
+    "oracle_wide": ("wide", "oracle"),
+    "oracle_cures_wide": ("cures_wide", "oracle"),
+    "oracle_bernoulli": ("sigma_bernoulli", "oracle"),
+    "oracle_sigma": ("sigma_last_layer", "oracle_sigma"),
+}
+HEADLINE = ("grpo", "rpp", "rpp_single", "gvm", "dapo", "mopps", "cures", "wide", "wide_cures", "cures_wide")
+
+# Rollouts planned per rollout trained, about: such arms are evaluated more often, to have as many points per cost.
+PLANNED_PER_TRAINED = {"dapo": 3.2, "speed": 3.0, "ada": 3.0, "gvm": 1.5, "gvm_raft": 1.5, "cures": 1.5}
+
+_PAPER_ARMS = [name for name, arm in ARMS.items() if arm.get("curriculum.pilot_rollouts") and name.startswith("cures")]
+
+_PROGRAM_RATES = {
+    "*": 1e-3,
+    "wide": 2e-3,
+    **dict.fromkeys(("grpo", "rloo", "dr_grpo", "rpp", "rpp_baseline", "gvm", "gvm_raft"), 5e-4),
+}
+
+# Learning rates by (task, variant): the label's own, else the arm's, else "*"; chosen in results/lr_sweep_*.json.
+LEARNING_RATES: dict[tuple[str, str], dict[str, float]] = {
+    ("chain", "N"): {"*": 2e-3},
+    ("chain", "T"): {"*": 2e-3, **dict.fromkeys(("gvm", "gvm_raft", *_PAPER_ARMS), 1e-3)},
+    ("program", "N"): _PROGRAM_RATES,
+    ("program", "T"): _PROGRAM_RATES,
+}
+
+# The base model of a task: arguments of BaseModelSpec. vLLM on CPUs needs 32 dimensions a head.
+BASES: dict[str, dict[str, int]] = {
+    "chain": {"prompts": 2048, "eval_prompts": 400, "sft_steps": 400, "hidden": 64, "layers": 2, "heads": 2},
+    "program": {"prompts": 2048, "eval_prompts": 300, "sft_steps": 400, "hidden": 64, "layers": 2, "heads": 2},
+}
+
+
+def split_arm(label: str) -> tuple[str, str, Overrides]:
+    """``wide@learner.lr=2e-3`` -> (arm "wide", control "", its further overrides).
+
+    Raises:
+        ConfigError: unknown arm or key.
+    """
+    name, *changes = label.split("@")
+    arm, control = CONTROLS.get(name, (name, ""))
+    if arm not in ARMS:
+        raise ConfigError(f"unknown arm {name!r}; there are {', '.join([*ARMS, *CONTROLS])}")
+    known, extra = set(known_keys()), {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        key = key if "." in key else f"curriculum.{key}"
+        if not equals or key not in known:
+            raise ConfigError(f"arm {label!r}: {change!r} is not key=value with a key of the configuration")
+        extra[key] = float(value) if _is_number(value) and not value.isdecimal() else yaml.safe_load(value)
+    return arm, control, extra
+
+
+def display(label: str) -> str:
+    """A short name for pictures: the batch shape where the label changes it, and other changes without section;
+    the learning rate and its warm-up are in the tables."""
+    name, _, changes = split_arm(label)
+    arm = name if label.split("@")[0] in ARMS else label.split("@")[0]
+    values = COMMON | ARMS[name] | changes
+    shape = {"curriculum.prompts_per_step", "curriculum.rollouts_per_step"}
+    parts = [arm]
+    if shape & set(changes):
+        m, n = values["curriculum.prompts_per_step"], values["curriculum.rollouts_per_step"]
+        parts.append(f"{m} × {n / m:g}")
+    hidden = shape | {"learner.lr", "learner.warmup_steps"}
+    parts += [f"{key.split('.')[-1]} {value}" for key, value in changes.items() if key not in hidden]
+    return ", ".join(parts)
+
+
+def arm_config(
+    label: str, *, task: str, variant: str, seed: int, budget: int, base: str, run_dir: str, extra: Overrides
+) -> Config:
+    """The resolved configuration of one run: common, task, arm, label, command line, in this order."""
+    arm, _, changes = split_arm(label)
+    rates = LEARNING_RATES[task, variant]
+    values: Overrides = COMMON | {
+        "model.path": f"{base}/model",
+        "data.train": f"{base}/train.jsonl",
+        "data.eval": f"{base}/eval.jsonl",
+        "rollout.max_new_tokens": TASKS[task].max_new_tokens,
+        "verifier.fn": TASKS[task].verifier,
+        "learner.lr": rates.get(label, rates.get(arm, rates["*"])),
+        "learner.seed": seed,
+        "data.seed": seed,
+        "trainer.seed": seed,
+        "trainer.rollout_budget": budget,
+        "checkpoint.dir": run_dir,
+    }
+    values |= ARMS[arm] | changes | extra
+    planned = values["curriculum.rollouts_per_step"] * PLANNED_PER_TRAINED.get(arm, 1.0)
+    values.setdefault("trainer.steps", max(1, budget // values["curriculum.rollouts_per_step"]))
+    values.setdefault("eval.interval", max(1, -(-budget // round(planned * EVALUATIONS))))
+    return Config.model_validate(nested(values))
+
+
+def nested(values: Overrides) -> dict[str, dict[str, Any]]:
+    """{"section.key": value} -> {"section": {"key": value}}."""
+    tree: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = value
+    return tree
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

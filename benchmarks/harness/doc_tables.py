@@ -1,0 +1,155 @@
+"""``cures bench tables``: the tables of the documents, filled from the committed result files.
+
+A table in a document is a comment that says what it shows, the table, and an end mark:
+
+    <!-- table convergence_chain_T
+    columns: seeds, final_sampled, speedup/rollouts/best
+    GRPO = grpo
+    cures_wide
+    -->
+    | ... |
+    <!-- end table -->
+
+and the command that made a result, between ``<!-- command NAME -->`` and ``<!-- end command -->``.
+
+A line after ``columns`` is an arm of the result file, or ``TITLE = ARM``, or ``TITLE = OTHER_RESULT:ARM``. A column is
+the name of a figure without its arm, ``seeds``, or ``mean/NAME`` for the mean of an arm's explanation.
+``greedy@ROLLOUTS`` is the mean greedy accuracy of the arm's runs at that cost, with its range over seeds.
+``COLUMN as HEADING`` gives it a heading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness.report import table
+from benchmarks.harness.results_file import RESULTS
+from cures_ray.messages import ConfigError
+
+BLOCK = re.compile(r"<!-- table (?P<name>\S+)\n(?P<spec>.*?)-->\n(?P<body>.*?)<!-- end table -->", re.DOTALL)
+COMMAND = re.compile(r"<!-- command (?P<name>\S+) -->\n.*?<!-- end command -->", re.DOTALL)
+DOCUMENTS = [Path("docs/benchmarks.md"), Path("docs/questions.md"), Path("README.md")]
+SIGNED = ("difference/", "auc_difference/")
+RATIOS = ("speedup/", "cost_")
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFile:
+    """The part of a result file that tables show."""
+
+    command: str
+    figures: dict[str, Any]
+    seeds: dict[str, int]  # finished runs by arm
+    explain: dict[str, dict[str, float]]  # arm -> means
+    curves: dict[str, list[dict[str, list[float]]]]  # arm -> curve of each finished run
+
+
+@cache
+def load(name: str, folder: Path = RESULTS) -> ResultFile:
+    """Raises ConfigError when there is no such result."""
+    try:
+        content = json.loads((folder / f"{name}.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"table {name}: {error}") from None
+    seeds: dict[str, int] = {}
+    runs: dict[str, list[dict[str, list[float]]]] = {}
+    for row in content["rows"]:
+        if row.get("status") == "done":
+            seeds[row["arm"]] = seeds.get(row["arm"], 0) + 1
+            runs.setdefault(row["arm"], []).append(row.get("curve", {}))
+    explain = {row["arm"]: row["explain"] for row in content["rows"] if "explain" in row}
+    return ResultFile(content["command"], content["figures"], seeds, explain, runs)
+
+
+def render(name: str, spec: str, folder: Path = RESULTS) -> str:
+    """The Markdown table of one block.
+
+    Raises:
+        ConfigError: no such result, arm or figure.
+    """
+    result = load(name, folder)
+    lines = [line.strip() for line in spec.splitlines() if line.strip()]
+    if not lines or not lines[0].startswith("columns:"):
+        raise ConfigError(f"table {name}: its first line must be 'columns: ...'")
+    columns = [part.strip() for part in lines[0].removeprefix("columns:").split(",")]
+    keys = [column.split(" as ")[0] for column in columns]
+    heads = [column.split(" as ")[-1] for column in columns]
+    rows = []
+    for line in lines[1:]:
+        title, _, place = line.rpartition(" = ")
+        other, _, arm = place.rpartition(":")
+        source = load(other, folder) if other else result
+        if arm not in source.seeds:
+            known = ", ".join(source.seeds)
+            raise ConfigError(f"table {name}: {other or name} has no finished run of {arm!r}; it has {known}")
+        rows.append([title or arm, *(cell(source, arm, key) for key in keys)])
+    return table(["arm", *heads], rows)
+
+
+def cell(result: ResultFile, arm: str, key: str) -> str:
+    """One figure as text; a dash where the result has none."""
+    if key == "seeds":
+        return str(result.seeds[arm])
+    if key.startswith("mean/"):
+        value = result.explain.get(arm, {}).get(key.removeprefix("mean/"))
+        return "–" if value is None else f"{value:.3g}"
+    if key.startswith("greedy@"):
+        cost = float(key.removeprefix("greedy@"))
+        if any(cost > c["rollouts"][-1] for c in result.curves[arm]):
+            return "–"
+        values = [float(np.interp(cost, c["rollouts"], c["greedy"])) for c in result.curves[arm]]
+        return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+    value = result.figures.get(f"{arm}/{key}")
+    if value is None:
+        return "–"
+    low, mid, high = value
+    if key.startswith(RATIOS):
+        never = result.figures.get(f"{arm}/{key}/censored", 0)
+        seeds = result.figures.get(f"{arm}/{key}/seeds", result.seeds[arm])
+        if never == seeds:
+            return f"never (< {mid:.2f})"
+        text = f"{mid:.2f}" if seeds == 1 else f"{mid:.2f} [{low:.2f}, {high:.2f}]"
+        text = f"≤ {text} ({never}/{seeds} never)" if never else text
+        return text if seeds == result.seeds[arm] else f"{text} ({seeds} seeds)"
+    sign = "+" if key.startswith(SIGNED) else ""
+    return f"{mid:{sign}.3f}" if result.seeds[arm] == 1 else f"{mid:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def fill(text: str, folder: Path = RESULTS) -> str:
+    """``text`` with every table and command made anew."""
+
+    def replace(match: re.Match[str]) -> str:
+        name, spec = match["name"], match["spec"]
+        return f"<!-- table {name}\n{spec}-->\n{render(name, spec, folder)}<!-- end table -->"
+
+    def command(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"<!-- command {name} -->\n`{load(name, folder).command}`\n<!-- end command -->"
+
+    return COMMAND.sub(command, BLOCK.sub(replace, text))
+
+
+def main(argv: list[str]) -> int:
+    """Rewrites the documents; with ``--check`` exit code 1 when one is out of date."""
+    parser = argparse.ArgumentParser(prog="cures bench tables", description=__doc__.splitlines()[0])
+    parser.add_argument("documents", nargs="*", type=Path, default=DOCUMENTS)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    args = parser.parse_args(argv)
+    stale = []
+    for path in args.documents:
+        old = path.read_text()
+        new = fill(old)
+        if old != new:
+            stale.append(path)
+            if not args.check:
+                path.write_text(new)
+        print(f"{path}: {len(BLOCK.findall(old))} tables, {'changed' if old != new else 'up to date'}", flush=True)
+    return 1 if args.check and stale else 0

@@ -1,0 +1,120 @@
+"""``cures bench sweep``: the same learning-rate sweep for every method, on seeds that are in no table.
+
+Chooses by the area under the held-out accuracy over rollouts, mean over the sweep's seeds: it rewards both speed and
+height and is less noisy than an end point. Losing rates are kept in the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness.analysis import by_arm, curve_of
+from benchmarks.harness.arms import HEADLINE
+from benchmarks.harness.cell import Spec, add_task_arguments, spec_of
+from benchmarks.harness.convergence import parse_set
+from benchmarks.harness.report import table
+from benchmarks.harness.statistics import area, final_accuracy
+from benchmarks.harness.sweep import Sweep
+
+SEEDS = "100,101"
+RATES = "3e-4,6e-4,1e-3,2e-3"
+
+
+def main(argv: list[str]) -> int:
+    p = argparse.ArgumentParser(prog="cures bench sweep", description=__doc__.splitlines()[0])
+    p.add_argument("--methods", default=",".join(HEADLINE))
+    p.add_argument("--rates", default=RATES)
+    p.add_argument("--seeds", default=SEEDS, help="never those of a table")
+    p.add_argument("--budget-rollouts", type=int, default=25_600)
+    p.add_argument("--engine", choices=["inprocess", "full"], default="inprocess")
+    add_task_arguments(p)
+    p.add_argument("--out", type=Path, default=Path("runs/bench/lr_sweep"))
+    p.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    p.add_argument("--jobs", type=int, default=1)
+    p.add_argument("--minutes", type=float)
+    p.add_argument("--name", help="also write benchmarks/results/NAME.json")
+    args = p.parse_args(argv)
+    specs = make_specs(args)
+    until = time.time() + 60 * args.minutes if args.minutes else None
+    sweep = Sweep(args.out, args.jobs, until=until, log=_say)
+    sweep.run(specs)
+    records = [r for r in map(sweep.result, specs) if r is not None]
+    rows = rate_rows(records)
+    text = markdown(rows)
+    (args.out / "table.md").write_text(text)
+    _say(text)
+    if args.name:
+        from benchmarks.harness.results_file import write_result
+
+        figures = {f"{row['arm']}/best_lr": row["lr"] for row in rows if row["best"]}
+        path = write_result(args.name, figures, rows, command="cures bench sweep " + shlex.join(argv))
+        path.with_suffix(".md").write_text(text)
+    return 1 if any(r["status"] != "done" for r in records) else 0
+
+
+def make_specs(args: argparse.Namespace) -> list[Spec]:
+    methods = [m for m in args.methods.split(",") if m]
+    extra = parse_set(args.set)
+    return [
+        spec_of(args, f"{method}@learner.lr={rate}", int(seed), args.engine, extra)
+        for seed in args.seeds.split(",")
+        for method in methods
+        for rate in args.rates.split(",")
+    ]
+
+
+def rate_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row an arm and rate: areas and final accuracies by seed, failed runs, and whether it is the arm's best."""
+    rows: list[dict[str, Any]] = []
+    for label, runs in by_arm(records).items():
+        arm, _, rate = label.rpartition("@learner.lr=")
+        curves = {seed: curve_of(record, "rollouts") for seed, record in sorted(runs.items())}
+        areas = {seed: area(c, float(runs[seed]["spec"]["budget"])) for seed, c in curves.items()}
+        rows.append(
+            {
+                "arm": arm,
+                "lr": float(rate),
+                "area": round(float(np.mean(list(areas.values()))), 5),
+                "area_by_seed": {s: round(v, 5) for s, v in areas.items()},
+                "final_by_seed": {s: round(final_accuracy(c), 5) for s, c in curves.items()},
+                "best": False,
+            }
+        )
+    most = max((len(row["area_by_seed"]) for row in rows), default=0)
+    for arm in {row["arm"] for row in rows}:
+        complete = [row for row in rows if row["arm"] == arm and len(row["area_by_seed"]) == most]
+        if complete:
+            max(complete, key=lambda row: row["area"])["best"] = True
+    for record in records:
+        if record["status"] != "done":
+            rows.append({"arm": record["spec"]["label"], "lr": None, "failed": record["why"], "best": False})
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    done = [row for row in rows if "failed" not in row]
+    rates = sorted({row["lr"] for row in done})
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in done):
+        cells = {row["lr"]: row for row in done if row["arm"] == arm}
+        lines.append([arm, *(_cell(cells.get(rate)) for rate in rates)])
+    return "Area under the accuracy over rollouts; the best rate of an arm in bold.\n\n" + table(
+        ["arm", *(f"{rate:g}" for rate in rates)], lines
+    )
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    text = f"{row['area']:.4f}"
+    return f"**{text}**" if row["best"] else text
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,20 @@
+"""Controls that are no configuration: coin-flip rewards, and beliefs that are the truth."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cures_ray.curriculum.machine import Curriculum
+
+COIN = 0.5  # probability of a reward in the random-reward control: the most variance there is
+CERTAINTY = 1000.0  # alpha + beta of an oracle's belief
+
+
+def tell_truth(curriculum: Curriculum, accuracy: np.ndarray) -> None:
+    """Replace every belief by ``accuracy`` [prompts], with a certainty that evidence does not move."""
+    pool = curriculum.pool
+    p = np.clip(accuracy, 1e-3, 1 - 1e-3)
+    pool.belief.set_prior(None, CERTAINTY * p, CERTAINTY * (1 - p))
+    pool.belief.reset()
+    pool._samplers.clear()  # every prompt moved: building anew is cheaper than moving all
+    pool._dirty.clear()

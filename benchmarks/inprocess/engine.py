@@ -1,0 +1,380 @@
+"""The whole system in one process: the same driver, ledger, assembly, packing and losses, a small engine behind them.
+
+    Driver --(ports.py)--> LocalLedger   -> cures_ray.curriculum.machine.Curriculum
+                           LocalGenerator-> one Hugging Face model on the CPU, all waiting requests in one batch
+                           LocalVerifier -> judges.py
+                           LocalLearner  -> packing, losses, gradient statistics of the library; torch AdamW
+
+For wide sweeps over small models. The generator holds its own copy of the weights and takes new ones only when the
+driver publishes them, so staleness is what the driver and the ledger make it: with max_staleness = eta the rollouts
+of the next eta batches are sampled before the learner moves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.inprocess.costs import Costs
+from benchmarks.inprocess.judges import JUDGES, LocalVerifier
+from benchmarks.inprocess.local_learner import LocalLearner
+from benchmarks.inprocess.oracle_sigma import MeasuredMoments, install
+from benchmarks.inprocess.sampler import Sampler
+from cures_ray.config import Config
+from cures_ray.curriculum.machine import Curriculum
+from cures_ray.data.table import curriculum_columns
+from cures_ray.loop.driver import Driver, Ports
+from cures_ray.loop.evaluate import Evaluator
+from cures_ray.loop.ports import GeneratorPort, VerifierPort
+from cures_ray.messages import (
+    Accounting,
+    BatchPlan,
+    CommitReport,
+    Discard,
+    GenerationRequest,
+    GroupSummary,
+    Lease,
+    LedgerStatus,
+    PromptRow,
+    Rollout,
+    RolloutGroup,
+    RunError,
+    Settlement,
+    SettleReply,
+    SyncReport,
+    WeightUpdate,
+)
+from cures_ray.run.preflight import Inputs
+from cures_ray.synthetic.tasks import TASKS
+
+MAX_BATCH = 1024  # rollouts sampled in one batch
+
+
+class RowCache:
+    """A prompt source whose rows are made once: tokenizing again at every lease would be most of the time."""
+
+    def __init__(self, table: Any) -> None:
+        self.rows = [table.row(i) for i in range(len(table))]
+        self.levels, self.ids = table.levels, table.ids
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> PromptRow:
+        return self.rows[index]
+
+
+class LocalLedger:
+    """LedgerPort over the curriculum in this process; marks the costs at every commit.
+
+    ``before_plan`` is called with the curriculum whenever a batch may be planned (the oracle control).
+    """
+
+    def __init__(self, curriculum: Curriculum, costs: Costs, before_plan: Any = None) -> None:
+        self.curriculum, self.costs, self.before_plan = curriculum, costs, before_plan
+        self.plans: list[dict[str, float]] = []
+
+    async def lease(self, worker: str, max_rollouts: int, version: int) -> list[Lease]:
+        if self.before_plan is not None:
+            self.before_plan(self.curriculum, version)
+        with self.costs.timed("curriculum"):
+            return self.curriculum.lease(worker, max_rollouts, version)
+
+    async def settle(self, settlement: Settlement) -> SettleReply:
+        with self.costs.timed("curriculum"):
+            return self.curriculum.settle(settlement)
+
+    async def give_back(self, keys: list[tuple[int, int]], reason: Discard) -> None:
+        self.curriculum.give_back(keys, reason)
+
+    async def plan(self, batch: int) -> BatchPlan | None:
+        with self.costs.timed("curriculum"):
+            plan = self.curriculum.plan(batch)
+        if plan is not None:
+            self.plans.append(_shape(plan))
+        return plan
+
+    async def commit(self, report: CommitReport) -> Accounting:
+        with self.costs.timed("curriculum"):
+            accounting = self.curriculum.commit(report)
+        self.costs.mark(report.batch + 1, accounting)
+        return accounting
+
+    async def status(self) -> LedgerStatus:
+        return self.curriculum.status()
+
+    async def save(self, folder: Path) -> None:
+        self.curriculum.save(folder)
+
+
+def _shape(plan: BatchPlan) -> dict[str, float]:
+    """What a batch was made of: the numbers that explain a learning curve."""
+    by_prompt: dict[str, list[np.ndarray]] = {}
+    for entry in plan.entries:
+        by_prompt.setdefault(entry.lease.prompt_id, []).append(entry.rewards)
+    rewards = [np.concatenate(parts) for parts in by_prompt.values()] or [np.zeros(1)]
+    total = sum(len(r) for r in rewards)
+    mixed = sum(len(r) for r in rewards if 0 < r.mean() < 1)
+    return {
+        "batch": float(plan.batch),
+        "rollouts": float(total),
+        "distinct_prompts": float(len(by_prompt)),
+        "largest_n": float(max(len(r) for r in rewards)),
+        "reward": float(np.concatenate(rewards).mean()),
+        "mixed_share": mixed / max(total, 1),  # rollouts in groups with both outcomes
+        "kept_share": sum(int(e.keep.sum()) for e in plan.entries) / max(total, 1),
+        **{k: float(v) for k, v in plan.metrics.items()},
+    }
+
+
+class LocalGenerator:
+    """GeneratorPort that samples everything that waits in one batch."""
+
+    def __init__(self, sampler: Sampler, costs: Costs) -> None:
+        self.name, self.version = "inprocess", -1
+        self.sampler, self.costs = sampler, costs
+        self._queue: list[tuple[GenerationRequest, asyncio.Future[list[Any]]]] = []
+        self._pump: asyncio.Task[None] | None = None
+
+    async def generate(self, request: GenerationRequest) -> tuple[GroupSummary, RolloutGroup]:
+        began = time.monotonic()
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self._queue.append((request, future))
+        if self._pump is None or self._pump.done():
+            self._pump = asyncio.create_task(self._run())
+        rollouts = await future
+        return self._package(request, rollouts, time.monotonic() - began)
+
+    async def _run(self) -> None:
+        """Let every task that is ready add its request, then sample; repeat until nothing waits."""
+        while self._queue:
+            waiting = -1
+            while waiting != len(self._queue):
+                waiting = len(self._queue)
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            training = self._queue[0][0].lease_id >= 0  # evaluation is sampled and charged apart
+            batch, n = [], 0
+            for item in [x for x in self._queue if (x[0].lease_id >= 0) == training]:
+                if n and n + item[0].n > MAX_BATCH:
+                    break
+                batch.append(item)
+                n += item[0].n
+                self._queue.remove(item)
+            try:
+                with self.costs.timed("generation" if training else "evaluation"):
+                    results = self.sampler.sample([request for request, _ in batch])
+            except Exception as error:
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+                raise
+            for (request, future), rollouts in zip(batch, results, strict=True):
+                if training:
+                    length = sum(len(r[0]) for r in rollouts)
+                    self.costs.generated(self.sampler.parameters, len(request.prompt.token_ids) * request.n, length)
+                if not future.done():
+                    future.set_result(rollouts)
+            await asyncio.sleep(0)
+
+    async def drain(self) -> None:
+        """Return when nothing waits or is sampled: what the real system generates while the learner trains."""
+        quiet = 0
+        while quiet < 50:  # a lease takes a few turns of the loop to become a request
+            await asyncio.sleep(0)
+            busy = self._queue or (self._pump is not None and not self._pump.done())
+            quiet = 0 if busy else quiet + 1
+
+    def _package(
+        self, request: GenerationRequest, rollouts: list[Any], seconds: float
+    ) -> tuple[GroupSummary, RolloutGroup]:
+        key = {"lease_id": request.lease_id, "attempt": request.attempt}
+        versions = np.full(request.n, self.version, np.int32)
+        summary = GroupSummary(
+            **key,
+            prompt_tokens=len(request.prompt.token_ids),
+            completion_tokens=np.array([len(ids) for ids, *_ in rollouts], np.int32),
+            truncated=np.array([not stopped for _, _, stopped, _ in rollouts], bool),
+            min_version=versions,
+            max_version=versions,
+            generator=self.name,
+            seconds=seconds,
+        )
+        group = RolloutGroup(
+            **key,
+            prompt_token_ids=request.prompt.token_ids,
+            rollouts=tuple(
+                Rollout(
+                    token_ids=ids,
+                    logprobs=logprobs,
+                    finish_reason="stop" if stopped else "length",
+                    min_version=self.version,
+                    max_version=self.version,
+                    text=text,
+                )
+                for ids, logprobs, stopped, text in rollouts
+            ),
+        )
+        return summary, group
+
+    async def update_weights(self, update: WeightUpdate) -> SyncReport:
+        with self.costs.timed("weight_sync"):
+            self.sampler.load(update.info["module"])
+        self.version = update.version
+        return SyncReport(
+            generator=self.name, version=update.version, canary_max_error=0.0, seconds_paused=0.0, seconds=0.0
+        )
+
+
+class LocalFleet:
+    def __init__(self, generator: LocalGenerator) -> None:
+        self.generator = generator
+
+    def generators(self) -> list[GeneratorPort]:
+        return [self.generator]
+
+    async def replace(self, name: str, why: str) -> GeneratorPort:
+        raise RunError(f"the in-process generator {name} cannot be replaced: {why}")
+
+
+class Recorder:
+    """Observer that keeps the scalars of every step and the last histograms."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.histograms: dict[str, np.ndarray] = {}
+        self.notes: list[str] = []
+
+    def step(self, step: int, metrics: dict[str, float], histograms: dict[str, np.ndarray]) -> None:
+        if "eval/version" not in metrics:
+            self.steps.append({"step": float(step), **metrics})
+        if histograms:
+            self.histograms = histograms
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class ExactAccuracy:
+    """The exact accuracy of a task: the probability of the one right completion up to what closes its box or function,
+    without sampling noise. What follows it is not judged, so a policy that no longer stops is as accurate."""
+
+    def __init__(self, sampler: Sampler, rows: RowCache, task: str) -> None:
+        self.sampler = sampler
+        self.prompts = [row.token_ids for row in rows.rows]
+        texts = [TASKS[task].gold(row.text, row.answer) for row in rows.rows]
+        answers = sampler.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        self.answers = [np.array(ids, np.int32) for ids in answers]
+
+    def __call__(self) -> np.ndarray:
+        """float64 [prompts], under the sampler's current weights."""
+        return self.sampler.probability(self.prompts, self.answers)
+
+
+class LocalEvaluator:
+    """The library's evaluator, its seconds kept apart, and the exact accuracy if wanted."""
+
+    def __init__(self, evaluator: Evaluator, exact: ExactAccuracy | None, costs: Costs) -> None:
+        self.evaluator, self.exact, self.costs = evaluator, exact, costs
+
+    async def __call__(self, version: int, generators: Callable[[], list[GeneratorPort]]) -> dict[str, float]:
+        metrics = await self.evaluator(version, generators)
+        if self.exact is not None:
+            with self.costs.timed("evaluation"):
+                metrics["eval/expected_accuracy"] = float(self.exact().mean())
+        return metrics
+
+
+@dataclass(slots=True, kw_only=True)
+class LocalRun:
+    """What a run in one process leaves: everything that a figure may need."""
+
+    accounting: Accounting
+    evaluations: list[tuple[int, dict[str, float]]]
+    costs: Costs
+    steps: list[dict[str, float]]
+    plans: list[dict[str, float]]
+    histograms: dict[str, np.ndarray] = field(default_factory=dict)
+    learner: LocalLearner
+
+
+def run_in_process(
+    config: Config,
+    inputs: Inputs,
+    task: str,
+    *,
+    exact: bool = True,
+    coin: float | None = None,
+    oracle: Callable[[Curriculum, np.ndarray], None] | None = None,
+    measure_sigma: bool = False,
+    verifier: VerifierPort | None = None,
+) -> LocalRun:
+    """Train ``config`` to its end.
+
+    Args:
+        task: a key of ``JUDGES``.
+        exact: evaluate the exact accuracy too.
+        coin: random rewards with this probability instead of verdicts (control).
+        oracle: called with the curriculum and the true accuracy of every training prompt whenever the policy has
+            changed, free of charge (control).
+        measure_sigma: allocations get score moments of many fresh rollouts (control).
+        verifier: instead of the task's judge.
+    """
+    costs = Costs()
+    rollout = config.rollout
+    learner = LocalLearner(config, costs)
+    sampler = Sampler(learner.policy.lm, inputs.tokenizer, rollout.temperature, rollout.max_new_tokens)
+    generator = LocalGenerator(sampler, costs)
+    learner.before_training = generator.drain
+    train = RowCache(inputs.train)
+    curriculum = make_curriculum(config, inputs)
+    if measure_sigma:
+        install(curriculum, MeasuredMoments(learner, sampler, JUDGES[task], train.rows))
+    before_plan = _oracle(oracle, ExactAccuracy(sampler, train, task), costs) if oracle is not None else None
+    ledger = LocalLedger(curriculum, costs, before_plan)
+    verifier = verifier or LocalVerifier(JUDGES[task], config.trainer.seed, coin)
+    ports = Ports(ledger=ledger, fleet=LocalFleet(generator), verifier=verifier, learner=learner)
+    evaluator = None
+    if inputs.eval is not None:
+        held_out = RowCache(inputs.eval)
+        expected = ExactAccuracy(sampler, held_out, task) if exact else None
+        plain = Evaluator(held_out, verifier, config.eval.samples_per_prompt, config.trainer.seed)
+        evaluator = LocalEvaluator(plain, expected, costs)
+    recorder = Recorder()
+    driver = Driver(config, train, ports, recorder, evaluate=evaluator)
+    accounting = asyncio.run(driver.run())
+    return LocalRun(
+        accounting=accounting,
+        evaluations=evaluator.evaluator.history if evaluator is not None else [],
+        costs=costs,
+        steps=recorder.steps,
+        plans=ledger.plans,
+        histograms=recorder.histograms,
+        learner=learner,
+    )
+
+
+def make_curriculum(config: Config, inputs: Inputs) -> Curriculum:
+    """As ``actors.ledger`` makes it."""
+    return Curriculum(config, *curriculum_columns(config, inputs.train))
+
+
+def _oracle(
+    tell: Callable[[Curriculum, np.ndarray], None], accuracy: ExactAccuracy, costs: Costs
+) -> Callable[[Curriculum, int], None]:
+    seen = -1
+
+    def before_plan(curriculum: Curriculum, version: int) -> None:
+        nonlocal seen
+        if version != seen:
+            seen = version
+            with costs.timed("evaluation"):
+                tell(curriculum, accuracy())
+
+    return before_plan

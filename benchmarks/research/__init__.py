@@ -1,0 +1,1 @@
+"""One-off questions. May import: the product, ``harness``, ``inprocess``."""

@@ -1,0 +1,357 @@
+"""The curriculum made durable: every call that changed it is in a journal before its answer leaves.
+
+    call --> Curriculum (apply) --> journal (append) --> answer
+
+A process killed between the two has answered nobody, so its state dies with it and nothing is lost: the caller
+repeats the call. Opened again, the ledger loads the newest snapshot and applies the journal behind it to the same
+Curriculum code, and so has the same counts, random state and open leases. Open leases stay with their holders: a
+settlement counts as if nothing had happened, ``give_back`` returns them, and a ``lease`` call that is repeated with
+its number (its answer was lost) gets the same leases again.
+
+    RUN/ledger/snapshot-000002/      everything up to journal 2 (snapshot.py); snapshot 0 is an empty curriculum
+    RUN/ledger/journal-000002.log    the calls since then (journal.py)
+    RUN/ledger/history.jsonl         one line a committed batch: what `cures ledger` shows
+
+After ``curriculum.snapshot_every`` commits a snapshot begins a new journal and the generation before the last one is
+removed, so the folder does not grow with the run (but for the history).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cures_ray.config import Config
+from cures_ray.curriculum.batches import digest
+from cures_ray.curriculum.machine import Curriculum
+from cures_ray.ledger.journal import Journal, JournalError, read, read_header
+from cures_ray.messages import (
+    Accounting,
+    BatchPlan,
+    CommitReport,
+    Discard,
+    GradientStatistics,
+    Lease,
+    LedgerStatus,
+    Settlement,
+    SettleReply,
+)
+
+KEPT_GENERATIONS = 2
+STATISTICS = tuple(GradientStatistics.__slots__)
+BELIEF_BINS = 20  # of the belief histograms in the history
+
+
+class Ledger:
+    """A Curriculum with a journal. Methods mirror ``LedgerPort``, synchronously.
+
+    Args:
+        folder: of this ledger; made if missing.
+        session: names one stretch of the run. A folder of the same session is continued (the process was killed);
+            of another one it is begun anew, from ``checkpoint`` or empty.
+        checkpoint: a folder that ``save`` wrote.
+        sync: see ``Journal``.
+
+    Raises:
+        ValueError: the folder or the checkpoint is damaged, or belongs to other prompts.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        prompt_ids: np.ndarray,
+        levels: np.ndarray | None = None,
+        features: np.ndarray | None = None,
+        *,
+        session: str = "",
+        checkpoint: Path | None = None,
+        sync: bool = False,
+    ) -> None:
+        self.folder, self.config, self.session, self._sync = Path(folder), config, session, sync
+        self._table = (np.asarray(prompt_ids, np.uint64), levels, features)
+        self._answers: dict[str, tuple[int, list[tuple[int, int]]]] = {}  # worker -> last lease call and its leases
+        self.recovered = 0  # records applied when this ledger was opened
+        self.journal_bytes = 0  # written by this process
+        self.folder.mkdir(parents=True, exist_ok=True)
+        generation = newest_generation(self.folder)
+        if generation is not None and read_header(journal_path(self.folder, generation))["session"] == session:
+            self._recover(generation)
+        else:
+            self._begin(checkpoint)
+
+    def _begin(self, checkpoint: Path | None) -> None:
+        self.curriculum = Curriculum(self.config, *self._table)
+        if checkpoint is not None:
+            self.curriculum = Curriculum.load(checkpoint, self.config, *self._table)
+            self.curriculum.reissue_uncommitted()
+        old = newest_generation(self.folder)
+        self.generation = 0 if old is None else old + 1
+        trim_history(self.folder, self.curriculum.committed)
+        self._open_generation()
+        self._prune(kept=1)
+
+    def _recover(self, generation: int) -> None:
+        self.generation = generation
+        header = read_header(journal_path(self.folder, generation))
+        if header["prompts_digest"] != digest(self._table[0]):
+            raise ValueError(f"{self.folder} is the ledger of other prompts than data.train")
+        self.curriculum = load_generation(self.folder, generation, self.config, *self._table)
+        self._answers = {w: (n, [(k[0], k[1]) for k in keys]) for w, (n, keys) in header["answers"].items()}
+        trim_history(self.folder, self.curriculum.committed)
+        for _, record in read(journal_path(self.folder, generation)):
+            committed = self.curriculum.committed
+            self._remember(record, apply(self.curriculum, record))
+            self.recovered += 1
+            if self.curriculum.committed > committed:
+                self._write_history(record[1])
+        self._journal = Journal(journal_path(self.folder, generation), sync=self._sync)
+
+    # -- calls -----------------------------------------------------------------------------------------
+
+    def lease(self, worker: str, max_rollouts: int, version: int, call: int = -1) -> list[Lease]:
+        """As ``Curriculum.lease``. ``call`` >= 0 numbers the calls of a worker: the same number again gets the same
+        leases, as far as they are still out."""
+        last, keys = self._answers.get(worker, (-1, []))
+        if 0 <= call == last:
+            return [lease for key in keys if (lease := self.curriculum.leased(*key)) is not None]
+        before = (self.curriculum.next_batch, self.curriculum.version)
+        leases = self.curriculum.lease(worker, max_rollouts, version)
+        if leases or before != (self.curriculum.next_batch, self.curriculum.version):
+            record = ["lease", worker, max_rollouts, version, call]
+            self._append(record)
+            self._remember(record, leases)
+        return leases
+
+    def settle(self, settlement: Settlement) -> SettleReply:
+        seconds = (round(settlement.generate_seconds, 4), round(settlement.verify_seconds, 4))  # as they are journalled
+        settlement = replace(settlement, generate_seconds=seconds[0], verify_seconds=seconds[1])
+        reply = self.curriculum.settle(settlement)
+        if reply.accepted:
+            self._append(encode_settlement(settlement))
+        return reply
+
+    def give_back(self, keys: list[tuple[int, int]], reason: Discard) -> None:
+        before = self.curriculum.accounting.planned
+        self.curriculum.give_back(keys, reason)
+        if self.curriculum.accounting.planned != before:
+            self._append(["give_back", [list(key) for key in keys], reason.value])
+
+    def plan(self, batch: int) -> BatchPlan | None:
+        return self.curriculum.plan(batch)
+
+    def commit(self, report: CommitReport) -> Accounting:
+        before = self.curriculum.committed
+        accounting = self.curriculum.commit(report)
+        if self.curriculum.committed > before:
+            self._append(encode_commit(report))
+            self._write_history(report.batch)
+            if self.curriculum.committed % self.config.curriculum.snapshot_every == 0:
+                self.compact()
+        return accounting
+
+    def status(self) -> LedgerStatus:
+        return self.curriculum.status()
+
+    def save(self, folder: Path) -> None:
+        self.curriculum.save(folder)
+
+    def compact(self) -> None:
+        """Snapshot, new journal, remove the generation before the last."""
+        self._journal.close()
+        self.generation += 1
+        self._open_generation()
+        self._prune(KEPT_GENERATIONS)
+
+    def close(self) -> None:
+        self._journal.close()
+
+    # -- files -----------------------------------------------------------------------------------------
+
+    def _append(self, record: list[Any]) -> None:
+        self.journal_bytes += self._journal.append(record)
+
+    def _remember(self, record: list[Any], answer: Any) -> None:
+        if record[0] == "lease":
+            self._answers[record[1]] = (record[4], [(lease.lease_id, lease.attempt) for lease in answer])
+
+    def _open_generation(self) -> None:
+        """Snapshot the curriculum as ``generation`` and begin its journal: complete once the journal has its header."""
+        target = self.folder / f"snapshot-{self.generation:06d}"
+        temporary = self.folder / f".writing-{self.generation:06d}"
+        for leftover in (temporary, target):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.curriculum.save(temporary)
+        temporary.rename(target)
+        header = {
+            "session": self.session,
+            "prompts": len(self._table[0]),
+            "prompts_digest": digest(self._table[0]),
+            "answers": {w: [n, [list(k) for k in keys]] for w, (n, keys) in self._answers.items()},
+        }
+        path = journal_path(self.folder, self.generation)
+        temporary_log = path.with_suffix(".writing")
+        temporary_log.unlink(missing_ok=True)
+        self._journal = Journal(temporary_log, header, sync=self._sync)
+        temporary_log.rename(path)
+
+    def _prune(self, kept: int) -> None:
+        for number in generations(self.folder)[:-kept]:
+            journal_path(self.folder, number).unlink()
+            shutil.rmtree(self.folder / f"snapshot-{number:06d}", ignore_errors=True)
+
+    def _write_history(self, batch: int) -> None:
+        with (self.folder / "history.jsonl").open("a") as file:
+            file.write(json.dumps(history_line(self.curriculum, batch)) + "\n")
+
+
+def journal_path(folder: Path, generation: int) -> Path:
+    return folder / f"journal-{generation:06d}.log"
+
+
+def generations(folder: Path) -> list[int]:
+    """Numbers of the journals in ``folder``, rising."""
+    return sorted(int(p.stem.removeprefix("journal-")) for p in folder.glob("journal-*.log"))
+
+
+def newest_generation(folder: Path) -> int | None:
+    return max(generations(folder), default=None)
+
+
+def load_generation(
+    folder: Path,
+    generation: int,
+    config: Config,
+    prompt_ids: np.ndarray,
+    levels: np.ndarray | None = None,
+    features: np.ndarray | None = None,
+) -> Curriculum:
+    """The curriculum at the beginning of journal ``generation``. Raises ValueError as ``Curriculum.load``."""
+    return Curriculum.load(folder / f"snapshot-{generation:06d}", config, prompt_ids, levels, features)
+
+
+# -- records -------------------------------------------------------------------------------------------
+
+
+def apply(curriculum: Curriculum, record: list[Any]) -> Any:
+    """Repeat a journalled call; its answer.
+
+    Raises:
+        JournalError: an unknown record.
+    """
+    kind, *rest = record
+    if kind == "lease":
+        return curriculum.lease(rest[0], rest[1], rest[2])
+    if kind == "settle":
+        return curriculum.settle(decode_settlement(record))
+    if kind == "give_back":
+        return curriculum.give_back([(k[0], k[1]) for k in rest[0]], Discard(rest[1]))
+    if kind == "commit":
+        return curriculum.commit(decode_commit(record))
+    raise JournalError(f"journal record of unknown kind {kind!r}; was it written by a newer version?")
+
+
+def encode_settlement(s: Settlement) -> list[Any]:
+    """["settle", lease, attempt, rewards, faults, tokens, versions, generate s, verify s, reason]; a version list of
+    equal numbers is one number, a fault list without faults is 0."""
+    known = np.isfinite(s.rewards)  # a reward that is no number is a fault
+    fault = np.asarray(s.fault, bool) | ~known
+    rewards = [int(r) if r in (0.0, 1.0) else r for r in np.where(known, s.rewards, 0.0).tolist()]
+    versions = np.asarray(s.min_version).tolist()
+    return [
+        "settle",
+        s.lease_id,
+        s.attempt,
+        rewards,
+        fault.astype(int).tolist() if fault.any() else 0,
+        np.asarray(s.completion_tokens).tolist(),
+        versions[0] if len(set(versions)) == 1 else versions,
+        s.generate_seconds,
+        s.verify_seconds,
+        s.fault_reason.value,
+    ]
+
+
+def decode_settlement(record: list[Any]) -> Settlement:
+    _, lease_id, attempt, rewards, fault, tokens, versions, generate_s, verify_s, reason = record
+    n = len(rewards)
+    return Settlement(
+        lease_id=lease_id,
+        attempt=attempt,
+        rewards=np.array(rewards, np.float32),
+        fault=np.array(fault, bool) if fault else np.zeros(n, bool),
+        completion_tokens=np.array(tokens, np.int32),
+        min_version=np.full(n, versions, np.int32) if isinstance(versions, int) else np.array(versions, np.int32),
+        generate_seconds=generate_s,
+        verify_seconds=verify_s,
+        fault_reason=Discard(reason),
+    )
+
+
+def encode_commit(report: CommitReport) -> list[Any]:
+    """["commit", batch, [[lease, trained]...], [[lease, reason, count]...], [gradient statistics...]]."""
+    return [
+        "commit",
+        report.batch,
+        [[k, v] for k, v in report.trained.items()],
+        [[k, reason.value, v] for k, by in report.discarded.items() for reason, v in by.items()],
+        [[getattr(g, name) for name in STATISTICS] for g in report.gradient_statistics],
+    ]
+
+
+def decode_commit(record: list[Any]) -> CommitReport:
+    _, batch, trained, dropped, statistics = record
+    discarded: dict[int, dict[Discard, int]] = {}
+    for lease_id, reason, count in dropped:
+        discarded.setdefault(lease_id, {})[Discard(reason)] = count
+    return CommitReport(
+        batch=batch,
+        trained={k: v for k, v in trained},
+        discarded=discarded,
+        gradient_statistics=tuple(GradientStatistics(**dict(zip(STATISTICS, row, strict=True))) for row in statistics),
+    )
+
+
+# -- history -------------------------------------------------------------------------------------------
+
+
+def history_line(curriculum: Curriculum, batch: int, most: int = 512) -> dict[str, Any]:
+    """What a committed batch was: metrics, the beliefs' histogram over (0, 1), n and believed accuracy of its leases
+    (at most ``most`` of them, evenly spread)."""
+    status = curriculum.status()
+    counts, _ = np.histogram(status.histograms["belief_mean"], bins=BELIEF_BINS, range=(0.0, 1.0))
+    n, p = (status.histograms.get(k, np.zeros(0)) for k in ("n_by_lease", "p_by_lease"))
+    every = max(1, -(-len(n) // most))
+    return {
+        "batch": batch,
+        "planned": status.accounting.planned,
+        "trained": status.accounting.trained,
+        "discarded": sum(status.accounting.discarded.values()),
+        "metrics": {k: float(f"{v:.6g}") for k, v in status.metrics.items() if np.isfinite(v)},
+        "belief_histogram": counts.tolist(),
+        "n": n[::every].astype(int).tolist(),
+        "p": np.round(p[::every], 4).tolist(),
+    }
+
+
+def trim_history(folder: Path, committed: int) -> None:
+    """Drop the lines of batches that are not committed (any more), and a torn last line."""
+    path = folder / "history.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["batch"] < committed:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            break
+    temporary = path.with_suffix(".writing")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(temporary, path)

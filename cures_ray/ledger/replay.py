@@ -1,0 +1,287 @@
+"""What another tau, method or N would have drawn, answered from the journal.
+
+    snapshot --apply--> Curriculum --(a batch is about to be drawn)--> its own draw
+                            '--copy of the pool--> the other configuration's draw
+
+Both draws read the same beliefs and the same random stream (seed, batch, round 0), so what differs comes from the
+settings. Each batch is one step from the beliefs that the run had: not what the other run would have learned later.
+Only round 0 of a batch is answered; later rounds depend on rewards that nobody measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy.special import betaln
+
+from cures_ray.config import Config, CurriculumConfig
+from cures_ray.config_load import load_config
+from cures_ray.curriculum.batches import Batch, Round
+from cures_ray.curriculum.machine import Curriculum
+from cures_ray.curriculum.methods import METHODS
+from cures_ray.curriculum.planning import Method
+from cures_ray.curriculum.pool import PromptPool
+from cures_ray.curriculum.sampling import EpochSampler
+from cures_ray.ledger.ledger import generations, history_line
+from cures_ray.ledger.read import Run, copied
+from cures_ray.messages import ConfigError
+
+# they shape the beliefs, and the beliefs are those of the run
+BELIEF_KEYS = (
+    *("prior_alpha", "prior_beta", "prior_from", "prior_strength", "prior_scope"),
+    *("belief", "discount", "subsets", "subset_steps"),
+)
+# what they need is measured only by a run that has them
+MEASURED = {"sigma": ("last_layer", "gradient statistics"), "allocation": ("cost_aware", "the cost of rollouts")}
+OTHER_KEYS = ("algo.advantage", "trainer.seed")  # besides the curriculum's, these change a draw
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """Round 0 of one batch. k = prompts with rollouts."""
+
+    batch: int
+    role: str  # "train" | "pilot" | "screen"
+    index: np.ndarray  # int64 [k] rows
+    n: np.ndarray  # int64 [k] rollouts
+    alpha: np.ndarray  # float64 [k] belief before the draw
+    beta: np.ndarray
+    tau: float  # NaN: the method has none
+    ess: float  # of rho*, in prompts; NaN likewise
+
+    @property
+    def p(self) -> np.ndarray:
+        """Posterior mean of the accuracy, float64 [k]."""
+        return self.alpha / (self.alpha + self.beta)
+
+    def figures(self, actual: Drawn | None = None) -> dict[str, Any]:
+        """One row of the table. ``useful``: expected share of rollouts in groups with both outcomes, 1 - p^n -
+        (1-p)^n at the posterior mean; ``useful_posterior``: averaged over the posterior, which also counts how little
+        is known. ``overlap``: share of the prompts that the actual draw has too."""
+        share = self.n / max(self.n.sum(), 1)
+        p = self.p
+        figures = {
+            "batch": self.batch,
+            "role": self.role,
+            "rollouts": int(self.n.sum()),
+            "tau": self.tau,
+            "ess": self.ess,
+            "distinct_prompts": len(self.index),
+            "max_n": int(self.n.max(initial=0)),
+            "mean_accuracy": float(share @ p),
+            "useful": float(share @ (1.0 - p**self.n - (1.0 - p) ** self.n)),
+            "useful_posterior": float(share @ both_outcomes(self.alpha, self.beta, self.n)),
+            "hard": float(share @ (p < 0.1)),
+            "easy": float(share @ (p > 0.9)),
+        }
+        if actual is not None:
+            figures["overlap"] = float(np.isin(self.index, actual.index).mean()) if len(self.index) else 0.0
+        return figures
+
+
+def both_outcomes(alpha: np.ndarray, beta: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Probability that n rollouts of a prompt with p ~ Beta(alpha, beta) are neither all right nor all wrong [k]:
+    1 - E[p^n] - E[(1-p)^n], with E[p^n] = B(alpha + n, beta) / B(alpha, beta)."""
+    whole = betaln(alpha, beta)
+    return 1.0 - np.exp(betaln(alpha + n, beta) - whole) - np.exp(betaln(alpha, beta + n) - whole)
+
+
+@dataclass(slots=True, kw_only=True)
+class Replay:
+    """``others[a][b]`` is what alternative a would have drawn as ``actual[b]``."""
+
+    overrides: list[list[str]]
+    notes: list[str]  # about the alternatives
+    actual: list[Drawn] = field(default_factory=list)
+    others: list[list[Drawn]] = field(default_factory=list)
+    agrees: int = 0  # committed batches whose leases are those of the history
+    compared: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def names(self) -> list[str]:
+        return [" ".join(words) for words in self.overrides]
+
+    def totals(self, drawn: list[Drawn]) -> dict[str, Any]:
+        """Sums of counts, means over batches of tau and ESS, means over rollouts of the rest."""
+        rows = [d.figures(a) for d, a in zip(drawn, self.actual, strict=True)]
+        weight = np.array([r["rollouts"] for r in rows], float)
+        total: dict[str, Any] = {"batches": len(rows), "rollouts": int(weight.sum())}
+        for key in ("tau", "ess"):
+            values = [r[key] for r in rows if np.isfinite(r[key])]
+            total[key] = float(np.mean(values)) if values else float("nan")
+        total["distinct_prompts"] = len(np.unique(np.concatenate([d.index for d in drawn]))) if drawn else 0
+        total["max_n"] = max((r["max_n"] for r in rows), default=0)
+        for key in ("mean_accuracy", "useful", "useful_posterior", "hard", "easy", "overlap"):
+            total[key] = float(weight @ [r[key] for r in rows] / weight.sum()) if weight.sum() else 0.0
+        return total
+
+
+def replay(run: Run, overrides: Sequence[Sequence[str]]) -> Replay:
+    """Answer each list of ``key=value`` overrides for every batch that the kept journals draw.
+
+    Raises:
+        ConfigError: an override that is wrong or cannot be answered, prompts that the priors need and that are not
+            there, or no snapshot that can be read.
+    """
+    configs = [alternative(run, words) for words in overrides]
+    result = Replay(overrides=[list(words) for words in overrides], notes=_notes(run, overrides, configs))
+    result.others = [[] for _ in configs]
+    if not run.prompts.serve(run.config):
+        prior = run.config.curriculum.prior_from
+        raise ConfigError(
+            f"{run.folder}: curriculum.prior_from = {prior} needs the prompts to rebuild beliefs; {run.prompts.note}"
+        )
+    history = {line["batch"]: line for line in run.history}
+    with copied(run) as folder:
+        curriculum: Curriculum | None = None
+        for number in generations(folder):
+            if curriculum is None:  # else the journal before ended where this one begins
+                curriculum = run.load(folder, number)
+                _listen(curriculum, configs, result)
+            current = curriculum
+
+            def check(record: list[Any], current: Curriculum = current) -> None:
+                if record[0] == "commit" and record[1] in history:
+                    line, old = history_line(current, record[1]), history[record[1]]
+                    result.compared += 1
+                    result.agrees += line["n"] == old["n"] and np.allclose(line["p"], old["p"], atol=1.5e-4)
+
+            problem = run.play(folder, number, current, check)
+            if problem:
+                result.problems.append(problem)
+                curriculum = None
+    if result.agrees < result.compared:
+        result.problems.append(
+            f"{result.compared - result.agrees} of {result.compared} replayed batches differ from RUN/ledger/"
+            "history.jsonl: the run was made by another version of this code, so this replay is not exact"
+        )
+    return result
+
+
+def alternative(run: Run, overrides: Sequence[str]) -> Config:
+    """The run's configuration with ``overrides``; a bare key is one of the curriculum.
+
+    Raises:
+        ConfigError: unknown keys, bad values, an unsatisfiable batch, or a key that a journal cannot answer.
+    """
+    dotted = [word if "." in word.partition("=")[0] else f"curriculum.{word}" for word in overrides]
+    keys = [word.partition("=")[0].strip() for word in dotted]
+    if "curriculum.target_ess_fraction" in keys and "curriculum.tau" not in keys:  # a fixed tau would hide it
+        dotted.append("curriculum.tau=null")
+    where = f"--replay {' '.join(overrides)}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text(yaml.safe_dump(run.config.model_dump()))
+        try:
+            config = load_config(path, dotted)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(f"configuration {path}", where)) from None
+    c, old = config.curriculum, run.config.curriculum
+    for key in keys:
+        section, _, name = key.partition(".")
+        if key not in OTHER_KEYS and section != "curriculum":
+            raise ConfigError(f"{where}: {key} does not change what is drawn; keys of the curriculum do")
+        if name in BELIEF_KEYS and getattr(c, name) != getattr(old, name):
+            raise ConfigError(
+                f"{where}: {key} shapes the beliefs, and a replay takes those of the run; measure it with a new run"
+            )
+    for name, (value, what) in MEASURED.items():
+        if getattr(c, name) == value != getattr(old, name):
+            raise ConfigError(
+                f"{where}: curriculum.{name} = {value} needs {what}, which this run did not keep "
+                f"(its curriculum.{name} = {getattr(old, name)}); measure it with a new run"
+            )
+    return config
+
+
+def _notes(run: Run, overrides: Sequence[Sequence[str]], configs: list[Config]) -> list[str]:
+    notes = []
+    old = run.config.curriculum
+    for words, config in zip(overrides, configs, strict=True):
+        c, name = config.curriculum, " ".join(words)
+        if c.model_dump() == old.model_dump():
+            notes.append(f"{name}: the run's own curriculum")
+        if c.tau != old.tau and c.tau is None:
+            notes.append(f"{name}: the run's tau = {old.tau} is dropped, tau is steered to the ESS")
+        unused = [w for w in words if _unused(w.partition("=")[0].removeprefix("curriculum.").strip(), c)]
+        notes += [f"{name}: {word} has no effect with method = {c.method}" for word in unused]
+        if c.method == "cures" and c.pilot_rollouts:
+            notes.append(f"{name}: batches that begin with pilots are answered by their pilots (marked)")
+    several = {c.method for c in (old, *(config.curriculum for config in configs))} & MULTI_ROUND
+    if several:
+        notes.append(f"{', '.join(sorted(several))}: a batch has several rounds, only round 0 is answered and counted")
+    return notes
+
+
+MULTI_ROUND = {"gvm", "dapo", "speed", "reinforce_ada"}
+
+
+def _unused(name: str, c: CurriculumConfig) -> bool:
+    """Keys that belong to another method than the alternative's."""
+    owners = {"tau": "cures", "target_ess_fraction": "cures", "sampling": "cures", "allocation": "cures"}
+    owners |= {k: "mopps" for k in CurriculumConfig.model_fields if k.startswith("mopps_")}
+    return owners.get(name, c.method) != c.method
+
+
+def _listen(curriculum: Curriculum, configs: list[Config], result: Replay) -> None:
+    """Ask the alternatives whenever ``curriculum`` is about to draw round 0 of a batch."""
+    own: Callable[[PromptPool, Batch], Round | None] = curriculum.method.next_round
+
+    def next_round(pool: PromptPool, batch: Batch) -> Round | None:
+        if batch.rounds:
+            return own(pool, batch)
+        others = [_ask(pool, config, batch, words) for config, words in zip(configs, result.overrides, strict=True)]
+        planned = own(pool, batch)
+        if planned is not None:
+            result.actual.append(_drawn(pool, batch, planned))
+            for drawn, other in zip(result.others, others, strict=True):
+                drawn.append(other)
+        return planned
+
+    curriculum.method = Method(next_round, curriculum.method.select)
+
+
+def _ask(pool: PromptPool, config: Config, batch: Batch, words: Sequence[str]) -> Drawn:
+    """Round 0 of ``config``'s method, on a copy of the pool."""
+    kept = (pool.level, pool.predictor, pool.config)  # a draw does not change them
+    other = copy.deepcopy(pool, {id(part): part for part in kept if part is not None})
+    other.config = config
+    m, epoch = config.curriculum.prompts_per_step, config.curriculum.draw == "epoch"
+    if epoch and (pool.epochs is None or m != pool.config.curriculum.prompts_per_step):
+        other.epochs = EpochSampler(other.size, config.trainer.seed)
+        place = np.array(divmod(batch.number * m, other.size))  # as if every batch had been drawn so
+        other.epochs.load_state_dict({"epoch_position": place})
+    elif not epoch:
+        other.epochs = None
+    fresh = Batch(number=batch.number)
+    try:
+        planned = METHODS[config.curriculum.method].next_round(other, fresh)
+    except ValueError as error:
+        raise ConfigError(f"--replay {' '.join(words)}: batch {batch.number} cannot be drawn: {error}") from None
+    if planned is None:
+        raise ConfigError(f"--replay {' '.join(words)}: batch {batch.number} would have been empty")
+    return _drawn(other, fresh, planned)
+
+
+def _drawn(pool: PromptPool, batch: Batch, planned: Round) -> Drawn:
+    given = planned.n > 0
+    index = planned.index[given]
+    alpha, beta = pool.belief.counts(index)
+    nan = float("nan")
+    return Drawn(
+        batch=batch.number,
+        role=planned.role,
+        index=index,
+        n=planned.n[given],
+        alpha=alpha,
+        beta=beta,
+        tau=planned.metrics.get("tau", nan),
+        ess=planned.metrics.get("ess", nan),
+    )

@@ -1,0 +1,175 @@
+"""From a finished batch plan to what the learner trains on, and to the account of every rollout.
+
+Each rollout of the plan ends here as *trained* or *discarded(reason)*, in this order:
+
+    payload missing -> LOST; fault -> VERIFIER_FAULT (no payload: GENERATION_FAULT);
+    not kept by the method -> its drop_reason; too old -> STALE; else trained (zero advantage included).
+
+A prompt's rollouts may come from several leases (pilot, screen, continuation): they share one baseline and
+one n_i. Rollouts that the method FILTERED out of a group in which others are trained (Reinforce-Ada's
+balanced subset) stay in that group's baseline, because A = r - mean over all that were drawn; pilots and
+screens that are not trained do not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from cures_ray.config import Config
+from cures_ray.learning.advantages import compute_advantages, overlong_penalty, thinned, thinning_level, token_weights
+from cures_ray.messages import (
+    BatchEntry,
+    BatchPlan,
+    CommitReport,
+    Discard,
+    GroupSummary,
+    PayloadHandle,
+    RunError,
+    TrainingBatch,
+    TrainingGroup,
+)
+
+THINNING = 7  # random stream of ``thinned``
+VerifiedGroup = tuple[GroupSummary, PayloadHandle, np.ndarray]  # fault mask, bool [n]
+
+
+@dataclass(frozen=True, slots=True)
+class _Leased:
+    """One lease of the plan with the fate of its n rollouts."""
+
+    entry: BatchEntry
+    lengths: np.ndarray  # int [n]
+    trained: np.ndarray  # bool [n]
+    baseline: np.ndarray  # bool [n]: enters the group's baseline; a superset of trained
+    discarded: dict[Discard, int]
+
+
+def assemble(
+    plan: BatchPlan,
+    groups: dict[int, VerifiedGroup],
+    config: Config,
+    version: int,
+    train_cost: float | None = None,
+) -> tuple[TrainingBatch, CommitReport]:
+    """The training batch of ``plan`` and its commit report.
+
+    ``groups``: lease_id -> (summary, payload, fault bool [n]). ``version`` is the policy version before the
+    step: a rollout whose oldest token is more than ``max_staleness`` versions behind is discarded as STALE.
+    The objective's m is inside Lease.weight, so filtered and zero-variance prompts stay in the denominator.
+    ``train_cost``: of a rollout, in units of generating one; when given, advantages are thinned by it and not by
+    ``algo.min_advantage``.
+
+    Raises:
+        RunError: a summary does not have as many rollouts as its plan entry.
+    """
+    oldest = version - config.async_rl.max_staleness
+    leases = [_sort_out(entry, groups.get(entry.lease.lease_id), oldest) for entry in plan.entries]
+    by_prompt: dict[str, list[_Leased]] = {}
+    for leased in leases:
+        by_prompt.setdefault(leased.entry.lease.prompt_id, []).append(leased)
+    prompts = [merged for merged in by_prompt.values() if any(one.trained.any() for one in merged)]
+    batch = TrainingBatch(step=version, groups=_training_groups(prompts, groups, config, version, train_cost))
+    trained = {one.entry.lease.lease_id: int(one.trained.sum()) for one in leases}
+    discarded = {one.entry.lease.lease_id: one.discarded for one in leases if one.discarded}
+    return batch, CommitReport(batch=plan.batch, trained=trained, discarded=discarded)
+
+
+def _sort_out(entry: BatchEntry, group: VerifiedGroup | None, oldest: int) -> _Leased:
+    """Which rollouts of one lease are trained, and why the others are not."""
+    n = len(entry.rewards)
+    if group is None:
+        nothing = np.zeros(n, bool)
+        return _Leased(entry, np.zeros(n, int), nothing, nothing, {Discard.LOST: n} if n else {})
+    summary, payload, fault = group
+    if not len(summary.completion_tokens) == len(fault) == n:
+        raise RunError(
+            f"lease {entry.lease.lease_id}: the plan has {n} rollouts, its summary "
+            f"{len(summary.completion_tokens)} and its verdicts {len(fault)}; ledger and generator disagree"
+        )
+    failed = np.asarray(fault, bool) if payload is not None else np.ones(n, bool)
+    keep = np.asarray(entry.keep, bool)
+    stale = np.asarray(summary.min_version) < oldest
+    trained = ~failed & keep & ~stale
+    in_group = keep if entry.drop_reason is not Discard.FILTERED else np.ones(n, bool)
+    counts = Counter(
+        {
+            Discard.VERIFIER_FAULT if payload is not None else Discard.GENERATION_FAULT: int(failed.sum()),
+            Discard.STALE: int((~failed & keep & stale).sum()),
+        }
+    )
+    counts[entry.drop_reason] += int((~failed & ~keep).sum())
+    discarded = {reason: count for reason, count in counts.items() if count}
+    return _Leased(entry, np.asarray(summary.completion_tokens), trained, ~failed & in_group & ~stale, discarded)
+
+
+def _training_groups(
+    prompts: list[list[_Leased]],
+    groups: dict[int, VerifiedGroup],
+    config: Config,
+    version: int,
+    train_cost: float | None,
+) -> tuple[TrainingGroup, ...]:
+    """One TrainingGroup a lease with trained rollouts; baseline and n_i over all leases of its prompt."""
+    algo, limit = config.algo, config.rollout.max_new_tokens
+    shaped = [
+        np.concatenate([_shaped_rewards(one, limit, algo.overlong_penalty_tokens) for one in merged])
+        for merged in prompts
+    ]
+    advantages = compute_advantages(
+        algo.advantage,
+        shaped,
+        np.array([merged[0].entry.lease.alpha for merged in prompts]),
+        np.array([merged[0].entry.lease.beta for merged in prompts]),
+        algo.advantage_std_eps,
+        whiten=not algo.kl_in_reward,
+    )
+    smallest = algo.smallest_advantage
+    if train_cost is not None:
+        smallest = thinning_level(advantages, train_cost, overlap=config.async_rl.max_staleness > 0)
+    if smallest:
+        rng = np.random.default_rng([config.trainer.seed, version, THINNING])
+        advantages = thinned(advantages, smallest, rng)
+    weights = token_weights(
+        algo.loss_length,
+        # all leases of a prompt carry the prompt's weight; it counts once
+        np.array([max(one.entry.lease.weight for one in merged) for merged in prompts]),
+        [np.concatenate([one.lengths[one.trained] for one in merged]) for merged in prompts],
+        limit,
+    )
+    result = []
+    for merged, group_advantages, group_weights in zip(prompts, advantages, weights, strict=True):
+        seen, used = 0, 0  # rollouts of earlier leases of the prompt: in the baseline, trained
+        for one in merged:
+            rows = np.flatnonzero(one.trained)
+            own = group_advantages[seen : seen + int(one.baseline.sum())]
+            seen += len(own)
+            own_weights = group_weights[used : used + len(rows)]
+            used += len(rows)
+            if len(rows):
+                result.append(_group(one, groups, rows, own[one.trained[one.baseline]], own_weights))
+    return tuple(result)
+
+
+def _group(
+    one: _Leased, groups: dict[int, VerifiedGroup], rows: np.ndarray, advantages: np.ndarray, weights: np.ndarray
+) -> TrainingGroup:
+    summary, payload, _ = groups[one.entry.lease.lease_id]
+    return TrainingGroup(
+        lease_id=one.entry.lease.lease_id,
+        payload=payload,
+        rollout_index=rows.astype(np.int32),
+        rewards=np.asarray(one.entry.rewards, np.float32)[rows],  # the verifier's: classes of the statistics
+        advantages=advantages.astype(np.float32),
+        weights=weights.astype(np.float32),
+        prompt_tokens=summary.prompt_tokens,
+        completion_tokens=one.lengths[rows].astype(np.int32),
+    )
+
+
+def _shaped_rewards(one: _Leased, max_new_tokens: int, penalty_tokens: int) -> np.ndarray:
+    """Rewards that enter the baseline, with the overlong penalty: float64 [number in the baseline]."""
+    penalty = overlong_penalty(one.lengths, max_new_tokens, penalty_tokens)
+    return (np.asarray(one.entry.rewards, np.float64) + penalty)[one.baseline]

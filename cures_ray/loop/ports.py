@@ -1,0 +1,147 @@
+"""What the driver needs of the workers around it.
+
+`actors.cluster.launch` implements these Protocols over Ray actors; unit tests and wide benchmark sweeps implement
+them in one process. Every call may raise `WorkerLost` when its worker is gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from cures_ray.messages import (
+    Accounting,
+    BatchPlan,
+    CommitReport,
+    Discard,
+    GenerationRequest,
+    GroupSummary,
+    Lease,
+    LedgerStatus,
+    PayloadHandle,
+    PromptRow,
+    Settlement,
+    SettleReply,
+    StepReport,
+    SyncReport,
+    TrainingBatch,
+    Verdict,
+    WeightUpdate,
+)
+
+
+class WorkerLost(RuntimeError):
+    """A worker (or a payload that lived in it) is gone; the work may be given to another."""
+
+
+class CanaryFailed(RuntimeError):
+    """After a weight sync a generator's log-probabilities are not the learner's: its weights are wrong."""
+
+    def __init__(self, generator: str, version: int, max_error: float, tolerance: float) -> None:
+        super().__init__(generator, version, max_error, tolerance)
+        self.generator, self.version, self.max_error, self.tolerance = generator, version, max_error, tolerance
+
+    def __str__(self) -> str:
+        return (
+            f"canary failed: after loading weights version {self.version}, generator {self.generator} differs from "
+            f"the learner by up to {self.max_error:.3g} nats per token (weights.canary_tolerance {self.tolerance:g})"
+        )
+
+
+class LedgerPort(Protocol):
+    """The curriculum's only writer. All calls are idempotent or keyed by (lease_id, attempt)."""
+
+    async def lease(self, worker: str, max_rollouts: int, version: int) -> list[Lease]:
+        """Up to ``max_rollouts`` rollouts of leases (at least one lease when any is open and
+        max_rollouts >= 1); empty when nothing may be generated now."""
+        ...
+
+    async def settle(self, settlement: Settlement) -> SettleReply: ...
+
+    async def give_back(self, keys: list[tuple[int, int]], reason: Discard) -> None:
+        """Return unsettled or uncommitted (lease_id, attempt) leases: their rollouts are discarded with
+        ``reason`` and the leases are issued again under the next attempt."""
+        ...
+
+    async def plan(self, batch: int) -> BatchPlan | None:
+        """The finished plan of ``batch``, or None while rounds are open."""
+        ...
+
+    async def commit(self, report: CommitReport) -> Accounting: ...
+
+    async def status(self) -> LedgerStatus: ...
+
+    async def save(self, folder: Path) -> None:
+        """Write a snapshot that ``Curriculum.load`` reads into ``folder``."""
+        ...
+
+
+class GeneratorPort(Protocol):
+    name: str
+
+    async def generate(self, request: GenerationRequest) -> tuple[GroupSummary, PayloadHandle]: ...
+
+    async def update_weights(self, update: WeightUpdate) -> SyncReport:
+        """Load ``update`` while requests in flight continue, stamp its version, run the canary."""
+        ...
+
+
+class VerifierPort(Protocol):
+    async def verify(self, payload: PayloadHandle, prompt: PromptRow) -> list[Verdict]:
+        """One verdict a rollout of the payload, in order."""
+        ...
+
+
+class LearnerPort(Protocol):
+    async def train(self, batch: TrainingBatch) -> StepReport: ...
+
+    async def publish(self, version: int) -> WeightUpdate:
+        """Make the current weights available as ``version``, with canary log-probabilities."""
+        ...
+
+    async def transmit(self, update: WeightUpdate) -> None:
+        """The sender's half of a collective transfer (nccl), run beside the generators' update_weights;
+        returns at once for backends that need none."""
+        ...
+
+    async def save(self, folder: Path) -> None:
+        """Write optimizer and model state into ``folder`` (exists, empty)."""
+        ...
+
+    async def export(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder: safetensors, tokenizer, config."""
+        ...
+
+
+class FleetPort(Protocol):
+    """Starts and replaces generators; elastic membership passes through here."""
+
+    def generators(self) -> list[GeneratorPort]: ...
+
+    async def replace(self, name: str, why: str) -> GeneratorPort:
+        """End generator ``name`` if it lives and start a fresh one with the original weights. Raises
+        RunError when the restart budget is used up."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Ports:
+    ledger: LedgerPort
+    fleet: FleetPort
+    verifier: VerifierPort
+    learner: LearnerPort
+
+
+class PromptSource(Protocol):
+    def row(self, index: int) -> PromptRow: ...
+
+
+class Observer(Protocol):
+    """Receives one record per optimizer step; writes logs and the progress view."""
+
+    def step(self, step: int, metrics: dict[str, float], histograms: dict[str, np.ndarray]) -> None: ...
+
+    def note(self, text: str) -> None: ...

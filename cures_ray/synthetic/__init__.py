@@ -1,0 +1,1 @@
+"""Synthetic tasks and their small base models, for the demo, tests and benchmarks. May import: the leaves."""
