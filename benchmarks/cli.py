@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-BENCHMARKS = {  # subcommand -> (module with main(argv), what it measures)
+BENCHMARKS = {  # subcommand -> (module with main(argv), or module:function; what it measures)
     "demo": ("benchmarks.harness.demo", "what `make demo` gives on several seeds"),
     "convergence": ("benchmarks.harness.convergence", "methods at equal cost, with confidence intervals"),
     "sweep": ("benchmarks.harness.lr_sweep", "the same learning-rate sweep for every method, on seeds of its own"),
@@ -15,6 +15,7 @@ BENCHMARKS = {  # subcommand -> (module with main(argv), what it measures)
     ),
     "tables": ("benchmarks.harness.doc_tables", "the tables of the documents, from the committed results"),
     "map": ("benchmarks.research.map_picture", "one picture over several results: when the curriculum pays"),
+    "show": ("benchmarks.harness.convergence:show", "tables and plots of a committed comparison"),
     "compare": ("benchmarks.harness.compare", "two result files; fails on a regression beyond the recorded spread"),
     "ledger-scale": ("benchmarks.micro.ledger_scale", "the curriculum at up to a million prompts"),
     "verifier": ("benchmarks.micro.verifier", "verdicts per second"),
@@ -31,5 +32,5 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see cures bench BENCHMARK --help")
     known = parser.parse_args(argv)
-    module = importlib.import_module(BENCHMARKS[known.benchmark][0])
-    return int(module.main(known.arguments))
+    place, _, function = BENCHMARKS[known.benchmark][0].partition(":")
+    return int(getattr(importlib.import_module(place), function or "main")(known.arguments))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from benchmarks.harness.cell import COST_AXES
+from benchmarks.harness.runs import Record, explain
 from benchmarks.harness.statistics import (
     Curve,
     Interval,
@@ -22,10 +22,7 @@ from benchmarks.harness.statistics import (
 
 FRACTIONS = {"50 %": 0.5, "80 %": 0.8, "95 %": 0.95, "best": 1.0}  # of the baseline's gain
 GEN_TO_TRAIN = {"1:10": 0.1, "1:3": 1 / 3, "1:1": 1.0, "3:1": 3.0, "10:1": 10.0}  # c_gen : c_train
-START_BATCHES = 5  # whose share of mixed groups says how informative the prompts are for the base model
 BOOTSTRAP_SEED = 20251001
-
-Record = dict[str, Any]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -118,28 +115,9 @@ def _priced(runs: dict[int, Record], base: dict[int, Record], kind: str, ratio: 
 
 
 def _explanation(runs: list[Record]) -> dict[str, float]:
-    """Means over seeds of what explains a curve: useful share, distinct prompts, largest n, overheads."""
+    """Means over seeds of what explains a curve."""
     rows: dict[str, list[float]] = defaultdict(list)
     for record in runs:
-        end, account = record["curve"][-1], record["accounting"]
-        planned = max(account["planned"], 1)
-        rows["rollouts_per_update"].append(planned / max(end["optimizer_steps"], 1.0))
-        rows["trained_share"].append(account["trained"] / planned)
-        rows["pilot_share"].append(account["discarded"].get("pilot", 0) / planned)
-        rows["learning_rate"].append(record["config"]["learner"]["lr"])
-        seconds = record["seconds_by_component"]
-        if "curriculum" in seconds:
-            work = sum(v for k, v in seconds.items() if k != "evaluation")
-            rows["curriculum_share_of_seconds"].append(seconds["curriculum"] / work)
-        for name, key in (("staleness", "staleness/mean"), ("step_seconds", "time/step_s")):
-            measured = [step[key] for step in record["steps"] if key in step]
-            if measured:
-                rows[name].append(float(np.mean(measured)))
-        first = [p["mixed_share"] for p in record["plans"][:START_BATCHES] if "mixed_share" in p]
-        if first:
-            rows["mixed_share_at_start"].append(float(np.mean(first)))
-        for key in ("distinct_prompts", "largest_n", "mixed_share", "ess_fraction", "tau"):
-            values = [p[key] for p in record["plans"] if key in p]
-            if values:
-                rows[key].append(float(np.mean(values)))
-    return {k: float(np.mean(v)) for k, v in rows.items()}
+        for key, value in explain(record).items():
+            rows[key].append(value)
+    return {key: float(np.mean(values)) for key, values in rows.items()}

@@ -7,18 +7,22 @@ accounting. It is written at the end in one rename, so a killed run leaves nothi
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.harness.arms import BASES, arm_config, split_arm
+from benchmarks.harness.results_file import ROOT, commit
 from cures_ray.config import Config
 from cures_ray.messages import ConfigError
 from cures_ray.synthetic.tasks import TASKS
@@ -88,6 +92,16 @@ def spec_of(args: argparse.Namespace, label: str, seed: int, engine: str, extra:
     )
 
 
+@cache
+def code_digest() -> str:
+    """Identity of the code that decides a cell's result: library, actors, and the engine in process."""
+    files = [p for folder in ("cures_ray", "actors", "benchmarks/inprocess") for p in (ROOT / folder).rglob("*.py")]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def ensure_base(spec: Spec) -> float:
     """Make the base model of (task, variant, seed) unless it is there; seconds spent."""
     from cures_ray.synthetic.base_model import BaseModelSpec, prepare
@@ -138,6 +152,9 @@ def run_cell(spec: Spec, run_dir: Path) -> dict[str, Any]:
         "config": config.model_dump(),
         "wall_seconds": round(time.monotonic() - began, 2),
         "base_seconds": round(seconds_base, 2),
+        "commit": commit(),
+        "code": code_digest(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": [round(v, 2) for v in os.getloadavg()],
         **record,
     }

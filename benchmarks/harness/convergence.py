@@ -16,6 +16,8 @@ import yaml
 from benchmarks.harness.analysis import ArmFigures, analyse
 from benchmarks.harness.arms import HEADLINE
 from benchmarks.harness.cell import Spec, add_task_arguments, spec_of
+from benchmarks.harness.results_file import RESULTS
+from benchmarks.harness.runs import Comparison, Record, commit_comparison, commit_runs, comparison_of, runs_of
 from benchmarks.harness.sweep import Sweep
 from cures_ray.config_load import known_keys
 from cures_ray.messages import ConfigError
@@ -37,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cell-timeout-s", type=float, default=3600.0)
     p.add_argument("--minutes", type=float, help="start no further cell after this time")
     p.add_argument("--retry-failed", action="store_true")
-    p.add_argument("--name", help="also write benchmarks/results/NAME.json, .md and .csv")
+    p.add_argument("--other-code", action="store_true", help="keep finished cells that ran another version of the code")
+    p.add_argument("--name", help="also commit the runs to benchmarks/results and list NAME in its comparisons.json")
     p.add_argument("--no-report", action="store_true", help="cells only: no tables and plots")
     return p
 
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> int:
     labels = [m for m in args.methods.split(",") if m]
     specs = make_specs(args, labels)
     until = time.time() + 60 * args.minutes if args.minutes else None
-    sweep = Sweep(args.out, args.jobs, args.cell_timeout_s, args.retry_failed, until, log=_say)
+    sweep = Sweep(args.out, args.jobs, args.cell_timeout_s, args.retry_failed, args.other_code, until, log=_say)
     sweep.run(specs)
     records = [r for r in map(sweep.result, specs) if r is not None]
     failed = [r for r in records if r["status"] != "done"]
@@ -84,22 +87,45 @@ def parse_set(changes: list[str]) -> dict[str, Any]:
 
 
 def write_report(args: argparse.Namespace, labels: list[str], records: list[dict[str, Any]], command: str) -> None:
-    """Tables, plots and HTML into ``args.out``; with ``--name`` a result file too."""
-    from benchmarks.harness.report import result_figures, result_rows, write_tables
-    from benchmarks.harness.report_html import write_html
-
+    """Tables, plots and HTML into ``args.out``; with ``--name`` the runs into the committed results too."""
     figures: list[ArmFigures] = analyse(records, labels, args.baseline)
     mix = f", levels {args.levels}" if args.levels else ""
     title = f"{args.task} {args.variant}{mix}, {args.engine} engine, {args.budget_rollouts} rollouts a run"
-    write_tables(args.out, figures, args.baseline, title, command)
-    write_html(args.out, figures, records, args.baseline, title, command)
-    _say((args.out / "table.md").read_text())
+    _write(args.out, figures, records, args.baseline, title, command)
     if args.name:
-        from benchmarks.harness.results_file import write_result
+        seeds = sorted({record["spec"]["seed"] for record in records})
+        commit_runs(args.out.name, records)
+        commit_comparison(
+            args.name,
+            Comparison(sweep=args.out.name, baseline=args.baseline, arms=labels, seeds=seeds, command=command),
+        )
 
-        path = write_result(args.name, result_figures(figures), result_rows(figures, records), command=command)
-        for suffix in (".md", ".csv"):
-            path.with_suffix(suffix).write_text((args.out / f"table{suffix}").read_text())
+
+def _write(
+    folder: Path, figures: list[ArmFigures], records: list[Record], baseline: str, title: str, command: str
+) -> None:
+    from benchmarks.harness.report import write_tables
+    from benchmarks.harness.report_html import write_html
+
+    write_tables(folder, figures, baseline, title, command)
+    write_html(folder, figures, records, baseline, title, command)
+    _say((folder / "table.md").read_text())
+
+
+def show(argv: list[str]) -> int:
+    """``cures bench show NAME``: tables, plots and HTML of a committed comparison, from its runs."""
+    p = argparse.ArgumentParser(prog="cures bench show", description=show.__doc__)
+    p.add_argument("name", help="of benchmarks/results/comparisons.json")
+    p.add_argument("--out", type=Path, help="default: runs/bench/NAME")
+    args = p.parse_args(argv)
+    comparison = comparison_of(args.name)
+    if comparison is None:
+        raise ConfigError(f"there is no comparison {args.name!r} in {RESULTS / 'comparisons.json'}")
+    records = runs_of(comparison)
+    figures = analyse(records, comparison.arms, comparison.baseline)
+    folder = args.out or Path("runs/bench") / args.name
+    _write(folder, figures, records, comparison.baseline, args.name, comparison.command)
+    return 0
 
 
 def _say(line: str) -> None:

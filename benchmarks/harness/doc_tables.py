@@ -1,4 +1,4 @@
-"""``cures bench tables``: the tables of the documents, filled from the committed result files.
+"""``cures bench tables``: the tables of the documents, filled from the committed runs.
 
 A table in a document is a comment that says what it shows, the table, and an end mark:
 
@@ -21,7 +21,6 @@ the name of a figure without its arm, ``seeds``, or ``mean/NAME`` for the mean o
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -30,8 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.report import table
+from benchmarks.harness.analysis import analyse, by_arm
+from benchmarks.harness.report import result_figures, table
 from benchmarks.harness.results_file import RESULTS
+from benchmarks.harness.runs import comparison_of, runs_of
 from cures_ray.messages import ConfigError
 
 BLOCK = re.compile(r"<!-- table (?P<name>\S+)\n(?P<spec>.*?)-->\n(?P<body>.*?)<!-- end table -->", re.DOTALL)
@@ -43,30 +44,30 @@ RATIOS = ("speedup/", "cost_")
 
 @dataclass(frozen=True, slots=True)
 class ResultFile:
-    """The part of a result file that tables show."""
+    """What tables show of a comparison."""
 
     command: str
     figures: dict[str, Any]
     seeds: dict[str, int]  # finished runs by arm
     explain: dict[str, dict[str, float]]  # arm -> means
-    curves: dict[str, list[dict[str, list[float]]]]  # arm -> curve of each finished run
+    curves: dict[str, list[list[dict[str, float]]]]  # arm -> points of each finished run
 
 
 @cache
 def load(name: str, folder: Path = RESULTS) -> ResultFile:
-    """Raises ConfigError when there is no such result."""
-    try:
-        content = json.loads((folder / f"{name}.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"table {name}: {error}") from None
-    seeds: dict[str, int] = {}
-    runs: dict[str, list[dict[str, list[float]]]] = {}
-    for row in content["rows"]:
-        if row.get("status") == "done":
-            seeds[row["arm"]] = seeds.get(row["arm"], 0) + 1
-            runs.setdefault(row["arm"], []).append(row.get("curve", {}))
-    explain = {row["arm"]: row["explain"] for row in content["rows"] if "explain" in row}
-    return ResultFile(content["command"], content["figures"], seeds, explain, runs)
+    """A comparison, computed from its committed runs. Raises ConfigError when there is no such comparison."""
+    comparison = comparison_of(name, folder)
+    if comparison is None:
+        raise ConfigError(f"table {name}: {folder / 'comparisons.json'} has no such comparison")
+    records = runs_of(comparison, folder)
+    figures = analyse(records, comparison.arms, comparison.baseline)
+    return ResultFile(
+        command=comparison.command,
+        figures=result_figures(figures),
+        seeds={f.label: f.seeds for f in figures if f.seeds},
+        explain={f.label: f.explain for f in figures},
+        curves={label: [record["curve"] for record in runs.values()] for label, runs in by_arm(records).items()},
+    )
 
 
 def render(name: str, spec: str, folder: Path = RESULTS) -> str:
@@ -103,9 +104,10 @@ def cell(result: ResultFile, arm: str, key: str) -> str:
         return "–" if value is None else f"{value:.3g}"
     if key.startswith("greedy@"):
         cost = float(key.removeprefix("greedy@"))
-        if any(cost > c["rollouts"][-1] for c in result.curves[arm]):
+        columns = [[[p[key] for p in points] for key in ("rollouts", "greedy")] for points in result.curves[arm]]
+        if any(cost > rollouts[-1] for rollouts, _ in columns):
             return "–"
-        values = [float(np.interp(cost, c["rollouts"], c["greedy"])) for c in result.curves[arm]]
+        values = [float(np.interp(cost, rollouts, greedy)) for rollouts, greedy in columns]
         return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
     value = result.figures.get(f"{arm}/{key}")
     if value is None:
@@ -116,8 +118,10 @@ def cell(result: ResultFile, arm: str, key: str) -> str:
         seeds = result.figures.get(f"{arm}/{key}/seeds", result.seeds[arm])
         if never == seeds:
             return f"never (< {mid:.2f})"
-        text = f"{mid:.2f}" if seeds == 1 else f"{mid:.2f} [{low:.2f}, {high:.2f}]"
-        text = f"≤ {text} ({never}/{seeds} never)" if never else text
+        if never:  # a bound has no interval
+            text = f"≤ {mid:.2f} ({never}/{seeds} never)"
+        else:
+            text = f"{mid:.2f}" if seeds == 1 else f"{mid:.2f} [{low:.2f}, {high:.2f}]"
         return text if seeds == result.seeds[arm] else f"{text} ({seeds} seeds)"
     sign = "+" if key.startswith(SIGNED) else ""
     return f"{mid:{sign}.3f}" if result.seeds[arm] == 1 else f"{mid:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"

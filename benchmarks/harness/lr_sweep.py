@@ -26,9 +26,9 @@ SEEDS = "100,101"
 RATES = "3e-4,6e-4,1e-3,2e-3"
 
 
-def main(argv: list[str]) -> int:
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="cures bench sweep", description=__doc__.splitlines()[0])
-    p.add_argument("--methods", default=",".join(HEADLINE))
+    p.add_argument("--methods", default=",".join(HEADLINE), help="ARM[:RATE:RATE...],...; without rates: --rates")
     p.add_argument("--rates", default=RATES)
     p.add_argument("--seeds", default=SEEDS, help="never those of a table")
     p.add_argument("--budget-rollouts", type=int, default=25_600)
@@ -39,7 +39,11 @@ def main(argv: list[str]) -> int:
     p.add_argument("--jobs", type=int, default=1)
     p.add_argument("--minutes", type=float)
     p.add_argument("--name", help="also write benchmarks/results/NAME.json")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
     specs = make_specs(args)
     until = time.time() + 60 * args.minutes if args.minutes else None
     sweep = Sweep(args.out, args.jobs, until=until, log=_say)
@@ -53,20 +57,17 @@ def main(argv: list[str]) -> int:
         from benchmarks.harness.results_file import write_result
 
         figures = {f"{row['arm']}/best_lr": row["lr"] for row in rows if row["best"]}
-        path = write_result(args.name, figures, rows, command="cures bench sweep " + shlex.join(argv))
-        path.with_suffix(".md").write_text(text)
+        write_result(args.name, figures, rows, command="cures bench sweep " + shlex.join(argv))
     return 1 if any(r["status"] != "done" for r in records) else 0
 
 
 def make_specs(args: argparse.Namespace) -> list[Spec]:
-    methods = [m for m in args.methods.split(",") if m]
     extra = parse_set(args.set)
-    return [
-        spec_of(args, f"{method}@learner.lr={rate}", int(seed), args.engine, extra)
-        for seed in args.seeds.split(",")
-        for method in methods
-        for rate in args.rates.split(",")
-    ]
+    arms = []
+    for item in filter(None, args.methods.split(",")):
+        method, *own_rates = item.split(":")
+        arms += [f"{method}@learner.lr={rate}" for rate in own_rates or args.rates.split(",")]
+    return [spec_of(args, arm, int(seed), args.engine, extra) for seed in args.seeds.split(",") for arm in arms]
 
 
 def rate_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Figures as tables: Markdown and CSV, and the rows of a committed result file."""
+"""Figures as tables (Markdown and CSV), and as the flat numbers that documents quote."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.analysis import FRACTIONS, GEN_TO_TRAIN, ArmFigures, Record
+from benchmarks.harness.analysis import FRACTIONS, GEN_TO_TRAIN, ArmFigures
 from benchmarks.harness.cell import COST_AXES
 from benchmarks.harness.statistics import Interval, Speedup
 
@@ -70,7 +70,7 @@ def speedup_table(figures: list[ArmFigures], axis: str) -> str:
         if f.seeds:
             cells = [f.speedups[axis][name].text() for name in FRACTIONS]
             rows.append([f.label, *cells, f"{f.totals[axis]:.4g}"])
-    return table(["arm", *(f"to {n} of the gain" if "%" in n else "to its best" for n in FRACTIONS), "run total"], rows)
+    return table(["arm", *(f"to {n} of the gain" if "%" in n else "to its accuracy at the end" for n in FRACTIONS), "run total"], rows)
 
 
 def cost_map(figures: list[ArmFigures], kind: str, baseline: str) -> str:
@@ -131,7 +131,7 @@ def flat_row(f: ArmFigures) -> Row:
 
 
 def result_figures(figures: list[ArmFigures]) -> dict[str, Any]:
-    """``figures`` of a result file: the numbers that documents quote, [low, value, high]."""
+    """The numbers that documents quote, [low, value, high]."""
     out: dict[str, Any] = {}
     for f in figures:
         if not f.seeds or f.final is None:
@@ -161,25 +161,6 @@ def _seeds_of(key: str, runs: int, figure: Speedup) -> dict[str, int]:
     """How many runs never got there, and how many seeds count where that is not all of them."""
     out = {f"{key}/censored": figure.censored} if figure.censored else {}
     return out | ({f"{key}/seeds": figure.seeds} if figure.seeds != runs else {})
-
-
-def result_rows(figures: list[ArmFigures], records: list[Record]) -> list[Row]:
-    """``rows`` of a result file: every run with its curve, failed ones included; then every arm's explanation."""
-    rows: list[Row] = []
-    for record in records:
-        row = {"arm": record["spec"]["label"], "seed": record["spec"]["seed"], "status": record["status"]}
-        if record["status"] == "done":
-            keys = ("version", *COST_AXES, "trained_tokens", "computed_tokens", "trained_rollouts", "greedy", "sampled")
-            row["lr"] = record["config"]["learner"]["lr"]
-            row["accounting"] = record["accounting"]
-            row["seconds_by_component"] = record["seconds_by_component"]
-            row["curve"] = {k: [_number(p[k]) for p in record["curve"]] for k in keys}
-            row["by_level"] = [record["curve"][0]["by_level"], record["curve"][-1]["by_level"]]
-        else:
-            row |= {"why": record["why"], "log": record["log"][-3:]}
-        rows.append(row)
-    rows += [{"arm": f.label, "explain": {k: _number(v) for k, v in f.explain.items()}} for f in figures]
-    return rows
 
 
 def _speedup(name: str, figure: Speedup) -> Row:

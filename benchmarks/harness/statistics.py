@@ -64,11 +64,10 @@ class Speedup:
             return "–"
         if self.censored == self.seeds:
             return f"never (< {self.ratio.mid:.2f})"
-        bound = "≤ " if self.censored else ""
-        line = f"{bound}{self.ratio.mid:.2f}"
-        if self.seeds > 1:  # one run has no spread to show
-            line += f" [{self.ratio.low:.2f}, {self.ratio.high:.2f}]"
-        return line + (f" ({self.censored}/{self.seeds} never)" if self.censored else "")
+        if self.censored:  # a bound has no interval
+            return f"≤ {self.ratio.mid:.2f} ({self.censored}/{self.seeds} never)"
+        spread = f" [{self.ratio.low:.2f}, {self.ratio.high:.2f}]" if self.seeds > 1 else ""
+        return f"{self.ratio.mid:.2f}{spread}"
 
 
 def smooth(values: np.ndarray, window: int = SMOOTHING) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Cells of a sweep, one after the other (or ``jobs`` at a time), each in its own process group.
 
-    FOLDER/cells/NAME.json       a finished cell, never run again while its spec and its arm's settings are the same
+    FOLDER/cells/NAME.json       a finished cell, never run again while spec, code and its arm's settings are the same
     FOLDER/cells/NAME.failed.json  the error of a cell that failed; run again only with ``retry_failed``
     FOLDER/cells/NAME.log        its output
 
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.cell import Spec, config_of
+from benchmarks.harness.cell import Spec, code_digest, config_of
 
 Command = Callable[[Path, Path], list[str]]  # (spec file, result file) -> argv
 POLL_S = 0.2
@@ -89,6 +89,7 @@ class Sweep:
     Args:
         jobs: cells at a time.
         timeout_s: a cell that takes longer is ended with everything it started.
+        other_code: keep cells that ran other code (their rows say which commit).
         until: ``time.time()`` after which no further cell is started.
     """
 
@@ -96,6 +97,7 @@ class Sweep:
     jobs: int = 1
     timeout_s: float = 3600.0
     retry_failed: bool = False
+    other_code: bool = False
     until: float | None = None
     command: Command | None = None  # None: cells in process are forks, cells of the full system run ``cell_command``
     log: Callable[[str], None] = print
@@ -137,10 +139,12 @@ class Sweep:
         return None
 
     def _changed(self, record: dict[str, Any], spec: Spec) -> bool:
-        """Whether the arm means something else by now: another value of a setting that the record has."""
+        """Whether the cell would come out otherwise now: it ran other code, or a setting of its arm has changed."""
         then = record.get("config")
         if then is None:
             return False
+        if record.get("code") != code_digest() and not self.other_code:
+            return True
         now = config_of(spec, Path(then["checkpoint"]["dir"])).model_dump(mode="json")
         return any(now[section].get(key, value) != value for section in then for key, value in then[section].items())
 

@@ -13,9 +13,11 @@ import pytest
 
 from benchmarks import cli
 from benchmarks.harness.arms import ARMS, CONTROLS, HEADLINE, LEARNING_RATES, arm_config, display, split_arm
-from benchmarks.harness.cell import COST_AXES, Spec, config_of, full_marks, join_curve
+from benchmarks.harness.cell import COST_AXES, Spec, code_digest, config_of, full_marks, join_curve
 from benchmarks.harness.compare import compare, less_is_better
 from benchmarks.harness.convergence import make_specs, parser, write_report
+from benchmarks.harness.lr_sweep import make_specs as sweep_specs
+from benchmarks.harness.lr_sweep import parser as sweep_parser
 from benchmarks.harness.lr_sweep import rate_rows
 from benchmarks.harness.results_file import RESULTS
 from benchmarks.harness.sweep import Sweep
@@ -75,8 +77,24 @@ def test_a_cell_whose_arm_has_another_setting_by_now_is_run_again(tmp_path):
     config = config_of(one, tmp_path).model_dump(mode="json")
     for rate, kept in ((config["learner"]["lr"], True), (0.123, False)):
         config["learner"]["lr"] = rate
-        path.write_text(json.dumps(record | {"config": config}))
+        path.write_text(json.dumps(record | {"config": config, "code": code_digest()}))
         assert (sweep.result(one) is not None) == kept
+
+
+def test_a_cell_of_other_code_is_run_again_unless_it_is_asked_for(tmp_path):
+    sweep, one = fake_sweep(tmp_path), specs("grpo")[0]
+    sweep.run([one])
+    path = next((tmp_path / "cells").glob("*.json"))
+    config = config_of(one, tmp_path).model_dump(mode="json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config": config, "code": "another"}))
+    assert sweep.result(one) is None
+    assert fake_sweep(tmp_path, other_code=True).result(one)["code"] == "another"
+
+
+def test_a_sweep_takes_rates_for_each_method():
+    args = ["--methods", "grpo:1e-3:2e-3,rpp", "--rates", "5e-4", "--seeds", "100"]
+    labels = [spec.label for spec in sweep_specs(sweep_parser().parse_args(args))]
+    assert labels == ["grpo@learner.lr=1e-3", "grpo@learner.lr=2e-3", "rpp@learner.lr=5e-4"]
 
 
 def test_a_crash_costs_one_cell_and_is_recorded(tmp_path):

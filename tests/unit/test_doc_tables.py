@@ -7,51 +7,82 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.doc_tables import fill, main, render
+from benchmarks.harness.cell import COST_AXES
+from benchmarks.harness.doc_tables import ResultFile, cell, fill, main, render
+from benchmarks.harness.results_file import RESULTS
+from benchmarks.harness.runs import Comparison, commit_comparison, commit_runs, comparison_of, expand, runs_of
 from benchmarks.research.map_picture import draw
 from cures_ray.messages import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+COSTS = dict.fromkeys((*COST_AXES, "trained_tokens", "computed_tokens", "trained_rollouts"))
+
+
+def run(arm: str, seed: int) -> dict:
+    """A finished cell: greedy .2 -> .4 (seed 0) or .6 (seed 1) over 100 rollouts."""
+    end = 0.4 + 0.2 * seed + (0.1 if arm != "grpo" else 0.0)
+    points = [
+        {key: float(cost) for key in COSTS} | {"version": v, "greedy": a, "sampled": a, "by_level": {}}
+        for v, cost, a in ((0, 0, 0.2), (1, 100, end))
+    ]
+    return {
+        "status": "done",
+        "spec": {"label": arm, "seed": seed, "task": "chain"},
+        "commit": "abc",
+        "date": "2026-01-01",
+        "config": {"learner": {"lr": 1e-3}},
+        "accounting": {"planned": 100, "trained": 100, "discarded": {}, "in_flight": 0},
+        "seconds_by_component": {},
+        "curve": points,
+        "plans": [{"tau": 0.25}],
+        "steps": [],
+    }
+
+
 @pytest.fixture
 def results(tmp_path) -> Path:
-    runs = [
-        {"arm": arm, "seed": seed, "status": "done", "curve": {"rollouts": [0, 100], "greedy": [0.2, 0.4 + 0.2 * seed]}}
-        for arm in ("grpo", "b@x=1")
-        for seed in (0, 1)
-    ]
-    runs.append({"arm": "lost", "seed": 0, "status": "failed"})
-    figures = {
-        "grpo/final_sampled": [0.4, 0.5, 0.6],
-        "b@x=1/final_sampled": [0.5, 0.6, 0.7],
-        "b@x=1/speedup/rollouts/best": [1.2, 1.5, 2.0],
-        "b@x=1/speedup/rollouts/best/censored": 1,
-        "b@x=1/difference/rollouts": [-0.1, 0.1, 0.2],
-    }
-    content = {
-        "command": "cures bench x",
-        "figures": figures,
-        "rows": [*runs, {"arm": "grpo", "explain": {"tau": 0.25}}],
-    }
-    (tmp_path / "one.json").write_text(json.dumps(content))
-    (tmp_path / "two.json").write_text(json.dumps(content | {"figures": {}}))
+    runs = [run(arm, seed) for arm in ("grpo", "b@x=1") for seed in (0, 1)]
+    lost = {"status": "failed", "spec": {"label": "lost", "seed": 0}, "why": "killed", "log": []}
+    commit_runs("sweep", [*runs, lost], tmp_path)
+    for name, arms in (("one", ["grpo", "b@x=1", "lost"]), ("two", ["grpo"])):
+        comparison = Comparison(sweep="sweep", baseline="grpo", arms=arms, seeds=[0, 1], command="cures bench x")
+        commit_comparison(name, comparison, tmp_path)
     return tmp_path
 
 
+def test_a_committed_run_says_when_and_by_what_code_it_ran(results):
+    line = json.loads((results / "runs" / "sweep.jsonl").read_text().splitlines()[0])
+    assert (line["arm"], line["seed"], line["commit"], line["date"]) == ("grpo", 0, "abc", "2026-01-01")
+    assert expand(line)["curve"] == run("grpo", 0)["curve"]
+
+
+def test_a_run_that_is_committed_again_replaces_the_old_one(results):
+    commit_runs("sweep", [run("grpo", 0) | {"commit": "new"}], results)
+    lines = [json.loads(text) for text in (results / "runs" / "sweep.jsonl").read_text().splitlines()]
+    assert [line["commit"] for line in lines] == ["new", "abc", "abc", "abc", "unknown"]
+
+
 def test_a_table_is_made_from_its_comment(results):
-    spec = """columns: seeds, final_sampled as final, difference/rollouts, speedup/rollouts/best as best, mean/tau as τ
+    spec = """columns: seeds, final_sampled as final, difference/rollouts as more, mean/tau as τ, none
     GRPO = grpo
     b@x=1
     elsewhere = two:grpo
     """
-    assert render("one", spec, results).splitlines() == [
-        "| arm | seeds | final | difference/rollouts | best | τ |",
-        "|---|---|---|---|---|---|",
-        "| GRPO | 2 | 0.500 [0.400, 0.600] | – | – | 0.25 |",
-        "| b@x=1 | 2 | 0.600 [0.500, 0.700] | +0.100 [-0.100, +0.200] | ≤ 1.50 [1.20, 2.00] (1/2 never) | – |",
-        "| elsewhere | 2 | – | – | – | 0.25 |",
-    ]
+    rows = render("one", spec, results).splitlines()
+    assert rows[:2] == ["| arm | seeds | final | more | τ | none |", "|---|---|---|---|---|---|"]
+    assert rows[2].startswith("| GRPO | 2 | 0.350 [")
+    assert rows[3].startswith("| b@x=1 | 2 | 0.400 [") and "| +0.100 [+0.100, +0.100] | 0.25 | – |" in rows[3]
+    assert rows[4].startswith("| elsewhere | 2 | 0.350 [")
+
+
+def test_ratios_say_how_many_runs_never_got_there():
+    ratios = {f"b/speedup/rollouts/{k}": [1.2, 1.5, 2.0] for k in ("50", "best")}
+    figures = ratios | {"b/speedup/rollouts/best/censored": 1}
+    result = ResultFile(command="", figures=figures, seeds={"b": 2}, explain={}, curves={})
+    assert cell(result, "b", "speedup/rollouts/50") == "1.50 [1.20, 2.00]"
+    assert cell(result, "b", "speedup/rollouts/best") == "≤ 1.50 (1/2 never)"
 
 
 def test_accuracies_at_a_cost_are_means_over_seeds_with_their_range(results):
@@ -86,11 +117,16 @@ def test_the_documents_show_what_the_results_hold(monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_every_committed_comparison_has_its_runs():
+    known = json.loads((RESULTS / "comparisons.json").read_text())
+    assert len(known) > 10
+    for name in known:
+        comparison = comparison_of(name)
+        assert len(runs_of(comparison)) >= len(comparison.arms), name
+
+
 def test_the_map_is_drawn_from_results_and_says_what_is_missing(results):
-    with pytest.raises(ConfigError, match="no figure b@x=1/speedup/rollouts/50"):
-        draw({"a": "one:b@x=1"}, "rollouts", results / "map.png", results)
-    content = json.loads((results / "one.json").read_text())
-    content["figures"] |= {f"b@x=1/speedup/rollouts/{f}": [1.0, 1.2, 1.5] for f in ("50", "80")}
-    (results / "three.json").write_text(json.dumps(content))
-    draw({"a": "three:b@x=1"}, "rollouts", results / "map.png", results)
+    with pytest.raises(ConfigError, match="no figure c/speedup/rollouts/50"):
+        draw({"a": "one:c"}, "rollouts", results / "map.png", results)
+    draw({"a": "one:b@x=1"}, "rollouts", results / "map.png", results)
     assert (results / "map.png").read_bytes()[:4] == b"\x89PNG"
