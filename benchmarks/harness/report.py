@@ -70,7 +70,8 @@ def speedup_table(figures: list[ArmFigures], axis: str) -> str:
         if f.seeds:
             cells = [f.speedups[axis][name].text() for name in FRACTIONS]
             rows.append([f.label, *cells, f"{f.totals[axis]:.4g}"])
-    return table(["arm", *(f"to {n} of the gain" if "%" in n else "to its accuracy at the end" for n in FRACTIONS), "run total"], rows)
+    goals = [f"to {name} of the gain" if "%" in name else "to its accuracy at the end" for name in FRACTIONS]
+    return table(["arm", *goals, "run total"], rows)
 
 
 def cost_map(figures: list[ArmFigures], kind: str, baseline: str) -> str:
