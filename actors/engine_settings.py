@@ -1,26 +1,17 @@
-"""What a generator's vLLM engine is started with: environment, arguments, cache size, canary tolerance."""
+"""What a generator's vLLM engine is started with: environment, arguments, cache size."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from actors.weights.canary import engine_dtype
 from cures_ray.config import Config
 from cures_ray.messages import ConfigError
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-def dtype_of(config: Config) -> str:
-    return config.learner.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
-
-
-def canary_tolerance(config: Config) -> float:
-    """Nats. Without a configured one: 1e-3 when learner and engine compute in float32, else 0.5."""
-    if config.weights.canary_tolerance is not None:
-        return config.weights.canary_tolerance
-    return 1e-3 if {config.learner.dtype, dtype_of(config)} == {"float32"} else 0.5
 
 
 def has_gpu(config: Config) -> bool:
@@ -67,7 +58,7 @@ def engine_arguments(config: Config, model_path: str, backend: str, gpu: bool) -
     length = min(config.data.max_prompt_tokens + rollout.max_new_tokens + 1, limit)  # 1: the canary's own token
     arguments: dict[str, Any] = {
         "model": model_path,
-        "dtype": dtype_of(config),
+        "dtype": engine_dtype(config),
         "max_model_len": length,
         "max_num_seqs": rollout.max_concurrent_rollouts + config.weights.canary_prompts,
         "tensor_parallel_size": rollout.tensor_parallel_size,
@@ -101,7 +92,7 @@ def kv_cache_mib(hf: Any, config: Config, max_model_len: int, free_mib: int) -> 
     heads = hf.num_attention_heads
     head_size = getattr(hf, "head_dim", None) or hf.hidden_size // heads
     kv_heads = getattr(hf, "num_key_value_heads", None) or heads
-    token = 2 * hf.num_hidden_layers * kv_heads * head_size * BYTES[dtype_of(config)]
+    token = 2 * hf.num_hidden_layers * kv_heads * head_size * BYTES[engine_dtype(config)]
     context = -(-token * (max_model_len + 32) // 2**20)
     most = free_mib // 8 // config.rollout.num_generators
     return max(64, context, min(context * config.rollout.max_concurrent_rollouts, most))
@@ -112,3 +103,54 @@ def free_memory_mib() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) >> 10
     return 4096
+
+
+# What this project uses of vLLM, as "module:name" or "module:name.attribute". `cures doctor` looks for each.
+ENGINE_INTERFACE = (
+    "vllm.outputs:CompletionOutput.weight_versions",
+    "vllm.sampling_params:SamplingParams.flat_logprobs",
+    "vllm.engine.arg_utils:AsyncEngineArgs.weight_transfer_config",
+    "vllm.engine.arg_utils:AsyncEngineArgs.worker_extension_cls",
+    "vllm.engine.arg_utils:AsyncEngineArgs.enable_sleep_mode",
+    "vllm.config:WeightTransferConfig",
+    "vllm.distributed.weight_transfer.base:WeightTransferEngine.receive_weights",
+    "vllm.distributed.weight_transfer.base:WeightTransferUpdateRequest.update_info",
+    "vllm.distributed.weight_transfer.base:WeightTransferInitRequest.init_info",
+    "vllm.distributed.weight_transfer.factory:WeightTransferEngineFactory.register_engine",
+    "vllm.model_executor.model_loader.reload:initialize_layerwise_reload",
+    "vllm.model_executor.model_loader.reload:finalize_layerwise_reload",
+    "vllm.v1.engine.async_llm:AsyncLLM.pause_generation",
+    "vllm.v1.engine.async_llm:AsyncLLM.resume_generation",
+    "vllm.v1.engine.async_llm:AsyncLLM.init_weight_transfer_engine",
+    "vllm.v1.engine.async_llm:AsyncLLM.start_weight_update",
+    "vllm.v1.engine.async_llm:AsyncLLM.update_weights",
+    "vllm.v1.engine.async_llm:AsyncLLM.finish_weight_update",
+    "vllm.v1.engine.async_llm:AsyncLLM.update_weight_version",
+    "vllm.v1.engine.async_llm:AsyncLLM.sleep",
+    "vllm.v1.engine.async_llm:AsyncLLM.wake_up",
+)
+PAUSE_MODE = "keep"  # requests wait in the engine and go on under the new weights
+
+
+def missing_interface(names: tuple[str, ...] = ENGINE_INTERFACE) -> list[str]:
+    """Those of ``names`` that the installed vLLM lacks, and what keeps a module from being imported."""
+    missing = []
+    for name in names:
+        module, _, path = name.partition(":")
+        try:
+            owner: Any = importlib.import_module(module)
+        except ImportError as error:
+            missing.append(f"{module} ({error})")
+            continue
+        for part in path.split("."):
+            fields = getattr(owner, "__dataclass_fields__", {}) | dict.fromkeys(getattr(owner, "__struct_fields__", ()))
+            if not hasattr(owner, part) and part not in fields:
+                missing.append(name)
+                break
+            owner = getattr(owner, part, None)
+    if not missing:
+        from vllm.v1.engine import PauseMode
+
+        if PAUSE_MODE not in get_args(PauseMode):
+            missing.append(f"pause_generation(mode={PAUSE_MODE!r})")
+    return missing

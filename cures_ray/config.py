@@ -169,7 +169,7 @@ class VerifierConfig(Section):
 
 class WeightsConfig(Section):
     backend: Literal["auto", "shm", "nccl", "ipc"] = "auto"  # auto: shm on CPU, nccl on GPUs, ipc colocated
-    canary_tolerance: float | None = Field(None, gt=0)  # nats; None: 1e-3 in float32, 0.5 in bfloat16
+    canary_tolerance: float | None = Field(None, gt=0)  # nats, mean over tokens; None: 3e-4 in float32, else 0.1
     canary_prompts: int = Field(4, ge=1)
 
 

@@ -251,6 +251,7 @@ class SyncReport:
     canary_max_error: float  # max |log p_generator - log p_learner| in nats
     seconds_paused: float
     seconds: float
+    canary_mean_error: float = 0.0  # the mean, which decides
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

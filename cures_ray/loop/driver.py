@@ -87,7 +87,7 @@ class Driver:
         self._tasks: asyncio.TaskGroup
         self._loop_tasks: list[asyncio.Task[None]] = []
         self._moved, self._last, self._doing = time.monotonic(), "start", "starting"
-        self._canary_error = 0.0
+        self._canary_error = self._canary_mean = 0.0
         self._tokens, self._verify_seconds, self._step_began = 0, 0.0, time.monotonic()
         self._bottleneck = Bottleneck(config.algo.train_cost)
         self._stopping = False
@@ -285,8 +285,8 @@ class Driver:
         self._progress(f"weights version {version}")
 
     async def _sync(self, slot: Slot) -> None:
-        """Bring one generator to the current version. One that is lost, or fails its canary, is replaced;
-        a replacement that fails too ends the run."""
+        """Bring one generator to the current version. One that is lost, or fails its canary by chance, is replaced;
+        a replacement that fails too ends the run, as does a canary that fails alike twice."""
         async with slot.syncing:
             failures = 0
             while slot.lost or slot.version != self.version:
@@ -297,6 +297,8 @@ class Driver:
                 try:
                     report = await slot.generator.update_weights(update)
                 except (WorkerLost, CanaryFailed) as error:
+                    if isinstance(error, CanaryFailed) and error.reproducible:
+                        raise RunError(str(error)) from error
                     failures, slot.lost = failures + 1, str(error) or type(error).__name__
                     if failures == 2:
                         raise RunError(
@@ -304,7 +306,8 @@ class Driver:
                             f"nor could its replacement: {error}"
                         ) from error
                     continue
-                slot.version, self._canary_error = report.version, report.canary_max_error
+                slot.version = report.version
+                self._canary_error, self._canary_mean = report.canary_max_error, report.canary_mean_error
             slot.open = True
             slot.wake.set()
 
@@ -349,6 +352,7 @@ class Driver:
             "time/generator_idle_s": sum(idle) / max(len(idle), 1),
             "time/verify_s": verify_seconds,
             "weights/canary_max_error": self._canary_error,
+            "weights/canary_mean_error": self._canary_mean,
         }
 
     async def _observe(self, version: int, metrics: Metrics) -> None:

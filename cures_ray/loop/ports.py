@@ -38,16 +38,20 @@ class WorkerLost(RuntimeError):
 
 
 class CanaryFailed(RuntimeError):
-    """After a weight sync a generator's log-probabilities are not the learner's: its weights are wrong."""
+    """After a weight sync a generator's log-probabilities are not the learner's: its weights are wrong.
 
-    def __init__(self, generator: str, version: int, max_error: float, tolerance: float) -> None:
-        super().__init__(generator, version, max_error, tolerance)
-        self.generator, self.version, self.max_error, self.tolerance = generator, version, max_error, tolerance
+    ``reading``: what was measured, what is allowed, and the remedy. ``reproducible``: a second transfer measured the
+    same, so that a replacement would fail in the same way.
+    """
+
+    def __init__(self, generator: str, version: int, reading: str, reproducible: bool = False) -> None:
+        super().__init__(generator, version, reading, reproducible)
+        self.generator, self.version, self.reading, self.reproducible = generator, version, reading, reproducible
 
     def __str__(self) -> str:
         return (
             f"canary failed: after loading weights version {self.version}, generator {self.generator} differs from "
-            f"the learner by up to {self.max_error:.3g} nats per token (weights.canary_tolerance {self.tolerance:g})"
+            f"the learner by {self.reading}"
         )
 
 

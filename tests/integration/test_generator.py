@@ -255,8 +255,11 @@ def test_a_wrong_sync_is_caught_and_a_dead_engine_ends_its_actor(world):
     wrong = AutoModelForCausalLM.from_pretrained(right.name_or_path, dtype=torch.float32)
     wrong.lm_head.weight.data.copy_(world.current[1].lm_head.weight.data)
     pending, _ = world.submit(8, seed=80, which=1)
-    with pytest.raises(CanaryFailed, match=r"canary failed: after loading weights version 99, generator generator-1"):
+    with pytest.raises(
+        CanaryFailed, match=r"canary failed: after loading weights version 99, generator generator-1"
+    ) as e:
         ray.get(handle.update_weights.remote(world.update(wrong, right, 99)))
+    assert e.value.cause.reproducible and "A second transfer measured the same" in str(e.value)
     with pytest.raises(WorkerLost, match="canary failed"):
         ray.get(world.submit(2, seed=81, which=1)[0])
     with pytest.raises(WorkerLost, match="canary failed"):  # not even the right weights make it usable again

@@ -106,7 +106,8 @@ class FakeGenerator:
         self.name, self.prompts, self.seconds = name, prompts, seconds
         self.version = -1
         self.die_after: int | None = None
-        self.canary_error, self.hang, self.time_out = 0.0, False, False
+        self.canary_error, self.canary_repeats = 0.0, False
+        self.hang, self.time_out = False, False
         self.active, self.most_active = 0, 0
 
     async def generate(self, request: GenerationRequest) -> tuple[GroupSummary, RolloutGroup]:
@@ -151,7 +152,7 @@ class FakeGenerator:
     async def update_weights(self, update: WeightUpdate) -> SyncReport:
         await asyncio.sleep(0)
         if self.canary_error > 1e-3:
-            raise CanaryFailed(self.name, update.version, self.canary_error, 1e-3)
+            raise CanaryFailed(self.name, update.version, f"mean {self.canary_error}", self.canary_repeats)
         self.version = update.version
         return SyncReport(
             generator=self.name, version=update.version, canary_max_error=0.0, seconds_paused=0.0, seconds=0.0

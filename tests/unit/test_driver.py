@@ -93,6 +93,14 @@ async def test_a_replacement_that_fails_its_canary_too_ends_the_run():
         await world.driver.run()
 
 
+async def test_a_canary_that_fails_alike_twice_ends_the_run_without_a_replacement():
+    world = World(small_config())
+    world.fleet.members["g0"].canary_error, world.fleet.members["g0"].canary_repeats = 0.3, True
+    with pytest.raises(RunError, match=r"canary failed: after loading weights version 0, generator g0 .* mean 0.3"):
+        await world.driver.run()
+    assert world.fleet.replaced == []
+
+
 async def test_the_watchdog_names_the_stuck_lease():
     world = World(small_config(trainer={"no_progress_timeout_s": 0.3}))
     world.fleet.members["g0"].hang = True

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from actors.engine_settings import canary_tolerance, engine_arguments, kv_cache_mib
+from actors.engine_settings import engine_arguments, kv_cache_mib
 from actors.generator import rollout_seed
 from actors.weights.transfer import (
     nccl_info,
@@ -23,7 +23,6 @@ from actors.weights.transfer import (
     write_shm,
 )
 from cures_ray.config import Config
-from cures_ray.loop.ports import CanaryFailed
 from cures_ray.messages import ConfigError, RunError
 
 
@@ -128,22 +127,6 @@ def test_rollout_seeds_differ_between_neighbours_and_fit_the_engine():
     assert len(seeds) == 5000
     assert all(0 <= s < 2**62 for s in seeds)
     assert rollout_seed(5, 1) == rollout_seed(5, 1)
-
-
-def test_the_canary_is_strict_only_between_float32_and_float32():
-    assert canary_tolerance(config(learner={"dtype": "float32"})) == 1e-3
-    assert canary_tolerance(config(learner={"dtype": "bfloat16"})) == 0.5
-    assert canary_tolerance(config(learner={"dtype": "float32"}, rollout={"dtype": "bfloat16"})) == 0.5
-    assert canary_tolerance(config(learner={"dtype": "bfloat16"}, rollout={"dtype": "float32"})) == 0.5
-    assert canary_tolerance(config(weights={"canary_tolerance": 0.1})) == 0.1
-
-
-def test_a_canary_failure_says_who_when_and_how_far():
-    message = str(CanaryFailed("generator-1", 4, 1.7, 0.001))
-    assert message == (
-        "canary failed: after loading weights version 4, generator generator-1 differs from the learner by up to "
-        "1.7 nats per token (weights.canary_tolerance 0.001)"
-    )
 
 
 def test_the_cpu_cache_holds_all_rollouts_when_memory_allows():
