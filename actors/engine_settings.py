@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 from actors.weights.canary import engine_dtype
 from cures_ray.config import Config
@@ -129,7 +129,7 @@ ENGINE_INTERFACE = (
     "vllm.v1.engine.async_llm:AsyncLLM.sleep",
     "vllm.v1.engine.async_llm:AsyncLLM.wake_up",
 )
-PAUSE_MODE = "keep"  # requests wait in the engine and go on under the new weights
+PAUSE_MODE: Final = "keep"  # requests wait in the engine and go on under the new weights
 
 
 def missing_interface(names: tuple[str, ...] = ENGINE_INTERFACE) -> list[str]:
