@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from safetensors import SafetensorError
 
 from actors.learner_rank import LearnerRank
 from cures_ray.config import Config
-from cures_ray.messages import RunError, StepReport, TrainingBatch, WeightUpdate
+from cures_ray.messages import CheckpointError, RunError, StepReport, TrainingBatch, WeightUpdate
 
 START_SECONDS = 600.0  # imports, rendezvous, loading a model
 
@@ -122,4 +123,5 @@ def _blame(method: str, failures: list[tuple[int, BaseException | None]]) -> Exc
         if isinstance(cause, RunError) and "another learner rank" not in str(cause):
             return cause
     rank, cause = causes[0]
-    return RunError(f"learner rank {rank} failed in {method}: {type(cause).__name__}: {cause}")
+    unwritten = method == "save" and isinstance(cause, (OSError, SafetensorError))
+    return (CheckpointError if unwritten else RunError)(f"learner rank {rank} failed in {method}: {type(cause).__name__}: {cause}")

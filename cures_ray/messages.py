@@ -303,5 +303,9 @@ class RunError(RuntimeError):
     """A failure that ends the run with a message for the user: what, where and what to do."""
 
 
+class CheckpointError(RunError):
+    """A checkpoint could not be written (a full disk, for example). Training may go on: the ones before it are intact."""
+
+
 class ConfigError(RunError):
     """Bad configuration, data or environment, found before any actor starts."""

@@ -48,11 +48,18 @@ async def answer(ref: Any, who: str, timeout_s: float) -> Any:
         async with scope:
             return await asyncio.wrap_future(ref.future())
     except GONE as error:
-        raise WorkerLost(f"{who}: {type(error).__name__}") from error
+        raise WorkerLost(f"{who}: {_told(error)}") from error
     except TimeoutError as error:
         if not scope.expired():  # raised inside the worker: its own deadline
             raise
         raise WorkerLost(f"{who}: no answer within {timeout_s:.0f} s") from error
+
+
+def _told(error: BaseException) -> str:
+    """Ray's own message on one line; of an actor that failed to start, what it raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1:] if getattr(error, "actor_init_failed", False) else lines
+    return f"{type(error).__name__}: {'; '.join(text)[:800]}"
 
 
 class RayLedger:
@@ -70,6 +77,8 @@ class RayLedger:
             try:
                 return await answer(getattr(self.handle, method).remote(*args), "ledger", self.patience_s)
             except WorkerLost as error:
+                if getattr(error.__cause__, "actor_init_failed", False):  # it would fail again: a damaged journal
+                    raise RunError(f"the ledger cannot come back: {error}") from error
                 if asyncio.get_running_loop().time() + delay > deadline:
                     raise RunError(f"the ledger did not come back within {self.patience_s:.0f} s: {error}") from error
                 await asyncio.sleep(delay)

@@ -26,6 +26,7 @@ from actors.verifier import VerifierActor
 from actors.weights.transfer import resolve_backend, shm_folder
 from cures_ray.config import Config
 from cures_ray.data.table import curriculum_columns
+from cures_ray.ledger.ledger import begin_session
 from cures_ray.loop.driver import Driver, Ports
 from cures_ray.loop.evaluate import Evaluator
 from cures_ray.loop.sample_log import SampleLog
@@ -124,6 +125,13 @@ def train(config: Config, inputs: Inputs | None = None) -> RunSummary:
         RunError: a failure that the run cannot survive.
     """
     inputs = inputs or prepare_inputs(config)
+    try:
+        return _train(config, inputs)
+    finally:
+        inputs.release()
+
+
+def _train(config: Config, inputs: Inputs) -> RunSummary:
     if inputs.resume is not None and step_of(inputs.resume) >= config.trainer.steps:
         raise ConfigError(
             f"{inputs.run_dir} has trained {step_of(inputs.resume)} steps already and trainer.steps is "
@@ -144,7 +152,7 @@ class Run:
     def __init__(self, config: Config, inputs: Inputs) -> None:
         self.config, self.inputs = config, inputs
         self.placement = Placement(config)
-        self.log = RunLog(config, inputs.run_dir)
+        self.log = RunLog(config, inputs.run_dir, start=step_of(inputs.resume) if inputs.resume else 0)
         self.shm = shm_folder(inputs.run_dir)
         self.actors: list[Any] = []
         self.learner: LearnerGroup | None = None
@@ -227,10 +235,12 @@ class Run:
         actor = ray.remote(LedgerActor).options(num_cpus=0, max_restarts=-1, max_task_retries=0)
         folder = inputs.run_dir.resolve() / "ledger"
         write_columns(folder, *curriculum_columns(self.config, inputs.train))
+        session = uuid.uuid4().hex
+        begin_session(folder, session)
         handle = actor.remote(
             str(folder),
             self.config,
-            uuid.uuid4().hex,
+            session,
             str(inputs.resume.resolve() / "ledger") if inputs.resume else None,
         )
         self.actors.append(handle)

@@ -11,6 +11,7 @@ its number (its answer was lost) gets the same leases again.
     RUN/ledger/snapshot-000002/      everything up to journal 2 (snapshot.py); snapshot 0 is an empty curriculum
     RUN/ledger/journal-000002.log    the calls since then (journal.py)
     RUN/ledger/history.jsonl         one line a committed batch: what `cures ledger` shows
+    RUN/ledger/session               the start of the run that may write here
 
 After ``curriculum.snapshot_every`` commits a snapshot begins a new journal and the generation before the last one is
 removed, so the folder does not grow with the run (but for the history).
@@ -59,7 +60,7 @@ class Ledger:
         sync: see ``Journal``.
 
     Raises:
-        ValueError: the folder or the checkpoint is damaged, or belongs to other prompts.
+        ValueError: the folder or the checkpoint is damaged, or belongs to other prompts or a newer session.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Ledger:
         self.recovered = 0  # records applied when this ledger was opened
         self.journal_bytes = 0  # written by this process
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_session()
         generation = newest_generation(self.folder)
         if generation is not None and read_header(journal_path(self.folder, generation))["session"] == session:
             self._recover(generation)
@@ -147,6 +149,7 @@ class Ledger:
         return self.curriculum.plan(batch)
 
     def commit(self, report: CommitReport) -> Accounting:
+        self._check_session()
         before = self.curriculum.committed
         accounting = self.curriculum.commit(report)
         if self.curriculum.committed > before:
@@ -173,6 +176,17 @@ class Ledger:
         self._journal.close()
 
     # -- files -----------------------------------------------------------------------------------------
+
+    def _check_session(self) -> None:
+        """A ledger that its run has outlived (a driver that was lost, and started again elsewhere) writes nothing
+        more: history and snapshots are the newer one's now. Once a commit is often enough: its journal is unlinked."""
+        path = self.folder / "session"
+        current = path.read_text() if path.exists() else self.session
+        if current != self.session:
+            raise JournalError(
+                f"{self.folder} belongs to a newer start of the run (session {current}); this ledger, of session "
+                f"{self.session}, writes nothing more"
+            )
 
     def _append(self, record: list[Any]) -> None:
         self.journal_bytes += self._journal.append(record)
@@ -209,6 +223,14 @@ class Ledger:
     def _write_history(self, batch: int) -> None:
         with (self.folder / "history.jsonl").open("a") as file:
             file.write(json.dumps(history_line(self.curriculum, batch)) + "\n")
+
+
+def begin_session(folder: Path, session: str) -> None:
+    """Give ``folder`` to ``session``: ledgers of other sessions refuse to write there from now on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "session.writing"
+    temporary.write_text(session)
+    os.replace(temporary, folder / "session")
 
 
 def journal_path(folder: Path, generation: int) -> Path:

@@ -22,9 +22,14 @@ class SampleLog:
 
     def __init__(self, path: Path, count: int, fetch: Callable[[PayloadHandle], Awaitable[RolloutGroup]]) -> None:
         self.path, self.count, self._fetch = path, count, fetch
+        lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+        self._written = {(line["version"], line["prompt_id"]) for line in lines}
 
     async def write(self, version: int, row: PromptRow, payload: PayloadHandle, verdict: Verdict) -> None:
-        """The first rollout of ``payload``; nothing when its worker is gone."""
+        """The first rollout of ``payload``; nothing when its worker is gone, or when a run that was resumed has it
+        already."""
+        if (version, row.prompt_id) in self._written:
+            return
         with suppress(WorkerLost):
             rollout = (await self._fetch(payload)).rollouts[0]
             line = {

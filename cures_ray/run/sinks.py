@@ -46,18 +46,20 @@ SILENT_STEPS = 5  # batches in a row without one right, or one wrong, rollout be
 
 
 class RunLog:
-    """The driver's Observer. Files are appended to, so that a resumed run continues its curves."""
+    """The driver's Observer. Files are appended to, so that a resumed run continues its curves: from ``start``, the
+    step of its checkpoint, on (run/folder.py has moved later lines away)."""
 
-    def __init__(self, config: Config, run_dir: Path, out: TextIO | None = None) -> None:
+    def __init__(self, config: Config, run_dir: Path, out: TextIO | None = None, *, start: int = 0) -> None:
         self.run_dir, self.total = run_dir, config.trainer.steps
+        self._written = _measured(run_dir / "metrics.jsonl")
         self._jsonl = (run_dir / "metrics.jsonl").open("a") if config.logging.jsonl else None
-        self._tensorboard = _tensorboard(run_dir) if config.logging.tensorboard else None
+        self._tensorboard = _tensorboard(run_dir, start) if config.logging.tensorboard else None
         self._wandb = _wandb(config, run_dir) if config.logging.wandb else None
         self._view = ProgressView(config.logging.progress, self.total, out or sys.stdout)
         self._silent = {0.0: 0, 1.0: 0}  # batch reward -> batches in a row with it
 
     def step(self, step: int, metrics: Metrics, histograms: dict[str, np.ndarray]) -> None:
-        if self._jsonl:
+        if self._jsonl and (step, "rollout/reward" in metrics) not in self._written:
             self._jsonl.write(json.dumps({"step": step, "time": time.time(), **_plain(metrics)}) + "\n")
             self._jsonl.flush()
         if self._tensorboard:
@@ -148,10 +150,16 @@ def _plain(metrics: Metrics) -> dict[str, float]:
     return {k: float(v) for k, v in metrics.items()}
 
 
-def _tensorboard(run_dir: Path) -> Any:
+def _measured(path: Path) -> set[tuple[int, bool]]:
+    """(step, of training) of the lines already in ``path``: a resumed run evaluates its first version again."""
+    records = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return {(record["step"], "rollout/reward" in record) for record in records if "step" in record}
+
+
+def _tensorboard(run_dir: Path, start: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(run_dir / "tensorboard"))
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
 
 
 def _wandb(config: Config, run_dir: Path) -> Any:

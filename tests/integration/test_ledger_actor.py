@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 import uuid
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import ray
 
 from actors.cluster.adapters import RayLedger
 from actors.ledger import LedgerActor, write_columns
-from cures_ray.ledger.ledger import Ledger
+from cures_ray.ledger.ledger import Ledger, journal_path
+from cures_ray.messages import RunError
 from tests.unit.fakes import World, small_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
@@ -68,3 +70,29 @@ def test_a_run_whose_ledger_is_killed_again_and_again_ends_with_every_rollout_ac
     evidence = sum(back.curriculum.pool.belief.visits)
     assert evidence >= len({(g.lease_id) for b in world.learner.batches for g in b.groups})
     assert np.all(back.curriculum.pool.belief.alpha > 0)
+
+
+def test_damage_in_the_middle_of_the_journal_ends_the_run_within_seconds_with_file_and_offset(ray_session, tmp_path):
+    world = World(small_config(), generators=1)
+    handle = start(tmp_path / "ledger", world, "s")
+    ledger = RayLedger(handle)
+
+    async def run():
+        await ledger.lease("g0", 8, 0)
+        await ledger.lease("g0", 8, 0)
+        pid = (await asyncio.wrap_future(handle.ping.remote().future()))["pid"]
+        path = journal_path(tmp_path / "ledger", 0)
+        offset = path.read_bytes().index(b"\n") + 1
+        data = bytearray(path.read_bytes())
+        data[offset + 20] ^= 1
+        path.write_bytes(data)
+        os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(RunError) as caught:
+            while True:
+                await ledger.status()
+        return str(caught.value), offset, time.monotonic() - began
+
+    text, offset, seconds = asyncio.run(run())
+    assert f"journal-000000.log is damaged at byte {offset}" in text and "checkpoint.resume" in text
+    assert seconds < 20

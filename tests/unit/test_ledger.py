@@ -11,7 +11,7 @@ import pytest
 from fakes import small_config
 
 from cures_ray.ledger.journal import Journal, JournalError, intact_bytes, read
-from cures_ray.ledger.ledger import Ledger, generations, journal_path
+from cures_ray.ledger.ledger import Ledger, begin_session, generations, journal_path
 from cures_ray.messages import CommitReport, Discard, Settlement
 
 IDS = np.arange(1, 65, dtype=np.uint64)
@@ -239,3 +239,22 @@ def test_a_last_record_with_a_wrong_checksum_is_cut_off(tmp_path):
     again.append(["d", 4])
     assert (tmp_path / "j.log").stat().st_size > end
     assert [record for _, record in read(tmp_path / "j.log")] == [["a", 1], ["b", 2], ["d", 4]]
+
+
+def test_a_ledger_that_comes_back_after_a_newer_start_refuses_to_write(tmp_path):
+    folder = tmp_path / "ledger"
+    begin_session(folder, "a")
+    old = open_ledger(folder, session="a", curriculum={"snapshot_every": 1})
+    work(old, 1, forget=2)
+    begin_session(folder, "b")
+    new = open_ledger(folder, session="b", curriculum={"snapshot_every": 1})
+    work(new, 2)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(JournalError, match=r"belongs to a newer start of the run \(session b\)"):
+        open_ledger(folder, session="a")  # as Ray restarts it
+    for lease_id, attempt in old.curriculum.leased_keys():  # and one that was never gone
+        old.settle(settlement(old.curriculum.leased(lease_id, attempt)))
+    with pytest.raises(JournalError, match="writes nothing more"):
+        work(old, 1, start=1)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert open_ledger(folder, session="b").curriculum.committed == 2

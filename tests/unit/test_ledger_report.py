@@ -17,7 +17,7 @@ from cures_ray.ledger.replay import both_outcomes, replay
 from cures_ray.ledger.report import main
 from cures_ray.ledger.text import bars, quantiles, some
 from cures_ray.messages import CommitReport, ConfigError, Discard
-from cures_ray.run.preflight import claim
+from cures_ray.run.folder import claim
 from cures_ray.snapshot import write_state
 
 
@@ -34,7 +34,7 @@ def begin(folder, ids=None, **sections) -> Ledger:
         "model": {"path": str(folder / "no-model")},
     }
     config = small_config(**base | sections)
-    claim(folder, config)
+    claim(folder, config).begin()
     own, levels, features = curriculum_columns(config, load_prompts(config.data, PlainTokenizer()))
     return Ledger(folder / "ledger", config, own if ids is None else ids, levels, features)
 
@@ -309,7 +309,7 @@ def test_priors_that_need_the_data_are_not_guessed_without_it(tmp_path, capsys):
 def test_a_folder_that_is_no_run_or_has_no_ledger_yet_is_explained(tmp_path):
     with pytest.raises(ConfigError, match=r"no run\.json; pass the run's checkpoint\.dir"):
         main([str(tmp_path / "absent")])
-    claim(tmp_path / "new", small_config(model={"path": "m"}, data={"train": "d"}))
+    claim(tmp_path / "new", small_config(model={"path": "m"}, data={"train": "d"})).begin()
     with pytest.raises(ConfigError, match="has no ledger yet"):
         main([str(tmp_path / "new")])
     (tmp_path / "new/run.json").write_text("{")

@@ -4,13 +4,22 @@ import pytest
 from fakes import small_config
 
 from cures_ray.messages import ConfigError
-from cures_ray.run.preflight import changed_settings, claim
+from cures_ray.run.folder import changed_settings
+from cures_ray.run.folder import claim as lock_and_check
 
 
 def config(folder, **checkpoint):
     return small_config(
         model={"path": "m"}, data={"train": "d"}, checkpoint={"dir": str(folder), "interval": 0, **checkpoint}
     )
+
+
+def claim(folder, config):
+    """As the start of a run that ends at once: (checkpoint to resume, remarks)."""
+    claimed = lock_and_check(folder, config)
+    claimed.begin()
+    claimed.lock.release()
+    return claimed.resume, claimed.notes
 
 
 STEP = '{"step": 1, "rollout/reward": 0.5}\n'
