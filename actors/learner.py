@@ -124,4 +124,5 @@ def _blame(method: str, failures: list[tuple[int, BaseException | None]]) -> Exc
             return cause
     rank, cause = causes[0]
     unwritten = method == "save" and isinstance(cause, (OSError, SafetensorError))
-    return (CheckpointError if unwritten else RunError)(f"learner rank {rank} failed in {method}: {type(cause).__name__}: {cause}")
+    kind = CheckpointError if unwritten else RunError
+    return kind(f"learner rank {rank} failed in {method}: {type(cause).__name__}: {cause}")

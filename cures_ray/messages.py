@@ -304,7 +304,7 @@ class RunError(RuntimeError):
 
 
 class CheckpointError(RunError):
-    """A checkpoint could not be written (a full disk, for example). Training may go on: the ones before it are intact."""
+    """A checkpoint could not be written (a full disk, for example). The ones before it are intact."""
 
 
 class ConfigError(RunError):

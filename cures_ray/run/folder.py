@@ -110,7 +110,8 @@ class RunFolder:
         path = self.path / name
         if not path.exists():
             return
-        kept, later = [], []
+        kept: list[str] = []
+        later: list[str] = []
         for line in path.read_text(errors="replace").splitlines():
             try:
                 (later if json.loads(line).get(key, 0) > last else kept).append(line)

@@ -111,7 +111,7 @@ def test_a_resume_from_a_path_keeps_what_it_writes_and_auto_goes_on_with_its_bra
     old = (tmp_path / "checkpoints/step-00000008/manifest.json").read_bytes()
     run(tmp_path, 6, 6, resume=str(tmp_path / "checkpoints/step-00000006"))
     assert names(tmp_path) == ["step-00000006"]
-    assert claim(tmp_path, config(tmp_path)).resume.name == "step-00000006", "auto would resume the branch that was left"
+    assert claim(tmp_path, config(tmp_path)).resume.name == "step-00000006", "the branch that was left is back"
     kept = tmp_path / "abandoned-1/checkpoints/step-00000008/manifest.json"
     assert kept.read_bytes() == old
 
