@@ -1,11 +1,11 @@
 """The run folder: one process at a time, one run, and nothing of a branch that was left.
 
-    claim   lock it, check whose run it is, find the checkpoint to resume   (changes nothing that is in it)
-    begin   move aside what a resumed run repeats, write run.json
+claim   lock it, check whose run it is, find the checkpoint to resume   (changes nothing that is in it)
+begin   move aside what a resumed run repeats, write run.json
 
-    RUN/lock            who holds the folder: flock, with process, host and time for people
-    RUN/run.json        what must not change between the starts of a run, and the configuration of the last start
-    RUN/abandoned-1/    checkpoints and log lines of steps that a resumed run does again
+RUN/lock            who holds the folder: flock, with process, host and time for people
+RUN/run.json        what must not change between the starts of a run, and the configuration of the last start
+RUN/abandoned-1/    checkpoints and log lines of steps that a resumed run does again
 """
 
 from __future__ import annotations
