@@ -51,7 +51,9 @@ class Lock:
         self._file.write(json.dumps(own).encode())
 
     def release(self) -> None:
-        self._file.close()
+        if not self._file.closed:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._file.close()
 
 
 def _holder(file: Any) -> str:

@@ -72,11 +72,14 @@ def test_the_folder_is_free_again_after_a_failed_claim_and_a_child_does_not_hold
             claim(tmp_path, config(tmp_path))
     (tmp_path / "metrics.jsonl").unlink()
     claimed = claim(tmp_path, config(tmp_path))
+    up, said = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(said, b"up")
         time.sleep(20)
         os._exit(0)
-    claimed.lock.release()
+    os.read(up, 2)
+    claimed.lock._file.close()  # as at the death of this process
     try:
         claim(tmp_path, config(tmp_path)).lock.release()
     finally:
