@@ -15,7 +15,7 @@ from cures_ray.config import Config
 from cures_ray.curriculum.allocation import apportion, sigma_bernoulli
 from cures_ray.curriculum.belief import BeliefTable
 from cures_ray.curriculum.methods import allocate
-from cures_ray.curriculum.pool import PromptPool, generator
+from cures_ray.curriculum.pool import PromptPool, rng_for
 from cures_ray.curriculum.sampling import TAU_MAX, TAU_MIN
 from cures_ray.messages import Lease, Settlement
 
@@ -117,7 +117,7 @@ class Pooled:
 
 def cycle(side: Plain | Pooled, truth: np.ndarray, number: int) -> tuple[Row, float, float]:
     """(draw, CPU seconds, wall seconds) of one cycle; the outcomes are drawn outside the clock."""
-    rng = generator(1, number)
+    rng = rng_for(1, number)
     drawn, cpu, wall = timed(lambda: side.draw(rng))
     successes = rng.binomial(drawn["n"], truth[drawn["index"]]).astype(np.float64)
     _, more, longer = timed(lambda: side.observe(drawn["index"], successes, drawn["n"] - successes))
@@ -158,7 +158,7 @@ def measure_parts(size: int, repeats: int, inner: int) -> list[Row]:
     for repeat in range(repeats + 1):  # the first warms up
         parts: dict[str, list[float]] = {name: [] for name in ("update_sampler", "draw", "allocate", "observe")}
         for i in range(inner):
-            rng = generator(2, repeat, i)
+            rng = rng_for(2, repeat, i)
             sampler, *update = timed(partial(pool._sampler, rng))
             drawn, *draw = timed(partial(sampler.draw, M, rng, TAU))
             n, *share = timed(partial(allocate, pool, drawn))
@@ -173,7 +173,7 @@ def measure_parts(size: int, repeats: int, inner: int) -> list[Row]:
 
 def _check_equal(pooled: Pooled, plain: Plain) -> None:
     """Both compute the same law: tau, ESS and, where both drew a prompt, its rho."""
-    one, two = pooled.draw(generator(0, 0)), plain.draw(generator(0, 1))
+    one, two = pooled.draw(rng_for(0, 0)), plain.draw(rng_for(0, 1))
     _, i, j = np.intersect1d(one["index"], two["index"], return_indices=True)
     for name, a, b in (
         ("tau", one["tau"], two["tau"]),

@@ -90,6 +90,13 @@ class BeliefTable:
         rows = slice(None) if index is None else np.asarray(index, np.int64)
         return self.alpha[rows].astype(np.float64), self.beta[rows].astype(np.float64)
 
+    def evidence(self, index: Index = None) -> tuple[np.ndarray, np.ndarray]:
+        """What was observed, discounted as it is: the counts without the prior, float64 [k] each."""
+        alpha, beta = self.counts(index)
+        rows = slice(None) if index is None else np.asarray(index, np.int64)
+        prior_alpha, prior_beta = self._prior(self.prior_alpha, rows), self._prior(self.prior_beta, rows)
+        return np.maximum(alpha - prior_alpha, 0.0), np.maximum(beta - prior_beta, 0.0)
+
     def sample(self, rng: np.random.Generator, index: Index = None) -> np.ndarray:
         """One Thompson draw of the accuracy per row, float64 [k]."""
         return rng.beta(*self.counts(index))

@@ -48,7 +48,7 @@ from cures_ray.messages import (
 )
 from cures_ray.snapshot import read_state, write_state
 
-FORMAT = 2  # of saved curricula
+FORMAT = 3  # of saved curricula
 
 
 class Curriculum:
@@ -296,7 +296,8 @@ class Curriculum:
         prompt_of = {held.lease.lease_id: held.lease.prompt_index for held in batch.leases}
         statistics = [g for g in report.gradient_statistics if g.lease_id in prompt_of]
         self.pool.observe_gradients([prompt_of[g.lease_id] for g in statistics], statistics)
-        self.metrics = batch.metrics | batch_metrics(batch) | self._learn(batch) | self.pool.metrics()
+        self._learn(batch)
+        self.metrics = batch.metrics | batch_metrics(batch) | self.pool.metrics()
         self.histograms = batch_histograms(batch)
         del self.batches[report.batch]
         self.committed += 1
@@ -304,15 +305,15 @@ class Curriculum:
         self.metrics["seconds"], self.seconds = self.seconds, 0.0
         return self._copy()
 
-    def _learn(self, batch: Batch) -> dict[str, float]:
-        """Raw counts of the batch, in lease order, to cost and priors; calibration metrics."""
+    def _learn(self, batch: Batch) -> None:
+        """Raw counts of the batch, in lease order, to cost and priors."""
         for held in batch.leases:
             spent = (held.tokens, held.generate_seconds, held.verify_seconds)
             self.pool.observe_cost(held.lease.prompt_index, held.lease.n, *spent)
         index = np.array([h.lease.prompt_index for h in batch.leases], np.int64)
         successes = np.array([float(h.rewards[h.valid].sum()) for h in batch.leases])
         trials = np.array([float(h.valid.sum()) for h in batch.leases])
-        return self.pool.learn(index, successes, trials)
+        self.pool.learn(index, successes, trials)
 
     def status(self) -> LedgerStatus:
         return LedgerStatus(

@@ -10,7 +10,7 @@ import numpy as np
 from cures_ray.config import Config
 from cures_ray.curriculum.allocation import apportion
 from cures_ray.curriculum.batches import Batch, Held, Round
-from cures_ray.curriculum.pool import PromptPool, generator
+from cures_ray.curriculum.pool import PromptPool, rng_for
 from cures_ray.curriculum.sampling import Draw, importance_weights, weight_ess
 from cures_ray.messages import Discard
 
@@ -27,7 +27,7 @@ class Method:
 
 
 def round_rng(config: Config, batch: Batch) -> np.random.Generator:
-    return generator(config.trainer.seed, batch.number, batch.rounds)
+    return rng_for(config.trainer.seed, batch.number, batch.rounds)
 
 
 def keep_all(pool: PromptPool, batch: Batch) -> list[Selection]:

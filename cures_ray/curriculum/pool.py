@@ -1,6 +1,6 @@
 """The prompt pool: what the ledger believes of every prompt, and draws from it.
 
-Holds the Beta beliefs, the priors that generalise to unseen prompts (level, predictor) and the samplers over
+Holds the Beta beliefs, the experts whose priors generalise to unseen prompts (experts.py) and the samplers over
 them. Evidence waits until a draw or a commit reads the beliefs and is then counted in lease order (a discount
 makes the order matter); priors *learn* at commit, in plan order; sampler updates wait until the next draw, in
 index order. So the draw of a batch depends on which settlements came before it and not on their order.
@@ -15,7 +15,7 @@ import numpy as np
 
 from cures_ray.config import Config
 from cures_ray.curriculum.belief import BeliefTable
-from cures_ray.curriculum.predictor import DifficultyPredictor, LevelPrior
+from cures_ray.curriculum.experts import ExpertMixture
 from cures_ray.curriculum.sampling import Draw, EpochSampler, PotentialSampler, UniformSampler, potential
 from cures_ray.messages import GradientStatistics
 
@@ -26,7 +26,7 @@ SAMPLE = 10_000  # prompts that metrics and histograms look at
 SUBSETS = 1 << 40  # random stream of the partition into subsets; batches have small numbers
 
 
-def generator(seed: int, *key: int) -> np.random.Generator:
+def rng_for(seed: int, *key: int) -> np.random.Generator:
     """The random stream of (seed, key): the same wherever and whenever it is made."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *key])))
 
@@ -42,8 +42,7 @@ class PromptPool:
         self._belief = BeliefTable(count, c.prior_alpha, c.prior_beta, track_gradients=c.sigma == "last_layer")
         # observed and not counted yet: (batch, lease, attempt, prompt, successes, failures)
         self._pending: list[tuple[int, int, int, int, float, float]] = []
-        self.level = LevelPrior(levels, count) if c.prior_from == "level" else None
-        self.predictor = DifficultyPredictor(features, levels, count) if c.prior_from == "predictor" else None
+        self.mixture = ExpertMixture(c.prior_from, count, levels, features, c.prior_strength)
         self.subset = -1  # number of the subset in play; -1: all prompts
         self._members: np.ndarray | None = None  # global indices of the subset, sorted
         self._samplers: dict[str, PotentialSampler] = {}
@@ -66,6 +65,7 @@ class PromptPool:
             self._pending.clear()
             rows = np.array(index, np.int64)
             discount = c.discount if c.belief == "discount" else 1.0
+            self.mixture.score(self._belief, rows, np.array(successes), np.array(failures))
             self._belief.observe(rows, successes, failures, discount=discount)
             self._touch(rows)
         return self._belief
@@ -101,34 +101,30 @@ class PromptPool:
         """Cost of a rollout in tokens, float64 [k]; NaN where not seen yet."""
         return np.ones(len(index)) if self.cost is None else self.cost[index].astype(np.float64)
 
-    def learn(self, index: np.ndarray, successes: np.ndarray, trials: np.ndarray) -> dict[str, float]:
-        """At commit: the raw counts of one batch, in plan order, to the priors. Returns calibration metrics,
-        measured before the update."""
-        metrics: dict[str, float] = {}
-        _ = self.belief  # the figures of a commit have its evidence
-        if self.level is not None:
-            self.level.update(index, successes, trials)
-        if self.predictor is not None:
-            metrics = self.predictor.update(index, successes, trials)
-        if self.level is not None or self.predictor is not None:
+    def learn(self, index: np.ndarray, successes: np.ndarray, trials: np.ndarray) -> None:
+        """At commit: the raw counts of one batch, in plan order, to the experts."""
+        _ = self.belief  # its evidence is forecast before the experts learn from it
+        self.mixture.update(index, successes, trials)
+        if self.mixture.ready:
             self._commits_since_refresh += 1
             # at most about 32 m prompts of work a commit, however many there are
             if self._commits_since_refresh * self.config.curriculum.prompts_per_step * 32 >= self.count:
-                self._refresh_priors()
-        return metrics
+                self._commits_since_refresh = 0
+                self._set_priors(np.arange(self.count))
 
-    def _refresh_priors(self) -> None:
-        """Prior of every unseen prompt (``prior_scope: all``: of every prompt, which keeps its own evidence) from
-        the pooled means: alpha0 + beta0 = prior_strength."""
-        self._commits_since_refresh = 0
-        c = self.config.curriculum
-        rows = np.arange(self.count) if c.prior_scope == "all" else np.flatnonzero(self.belief.visits == 0)
-        prior = self.level or self.predictor
-        if len(rows) == 0 or prior is None or not prior.ready:
-            return
-        mean = np.clip(prior.mean(rows), 0.01, 0.99)
-        self.belief.set_prior(rows, c.prior_strength * mean, c.prior_strength * (1.0 - mean))
-        self._touch(rows)
+    def freshen(self, rows: np.ndarray) -> None:
+        """Give ``rows`` [k] the newest prior when the whole pool is too large to follow at every commit."""
+        if self._commits_since_refresh:
+            self._set_priors(np.unique(rows))
+
+    def _set_priors(self, rows: np.ndarray) -> None:
+        """The experts' prior for those of ``rows`` that have no evidence (``prior_scope: all``: for every one; what a
+        prompt has shown itself is kept)."""
+        if self.config.curriculum.prior_scope != "all":
+            rows = rows[self.belief.visits[rows] == 0]
+        if len(rows):
+            self.belief.set_prior(rows, *self.mixture.prior(rows))
+            self._touch(rows)
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -146,6 +142,7 @@ class PromptPool:
             "belief_std": float(p.std()),
             "belief_extreme": extreme,
             "collapsed": float(extreme > 0.95),
+            **self.mixture.metrics(),
         }
 
     @property
@@ -172,7 +169,7 @@ class PromptPool:
     def _select(self, part: int, total: int) -> None:
         self._members = None
         if total > 1:
-            order = generator(self.config.trainer.seed, SUBSETS).permutation(self.count)
+            order = rng_for(self.config.trainer.seed, SUBSETS).permutation(self.count)
             self._members = np.sort(np.array_split(order, total)[part])
         if self.epochs is not None:
             self.epochs = EpochSampler(self.size, self.config.trainer.seed)
@@ -194,7 +191,9 @@ class PromptPool:
         return self._global(UniformSampler(self.size).draw(m, rng))
 
     def _global(self, draw: Draw) -> Draw:
-        return draw if self._members is None else replace(draw, index=self._members[draw.index])
+        drawn = draw if self._members is None else replace(draw, index=self._members[draw.index])
+        self.freshen(drawn.index)
+        return drawn
 
     def _sampler(self, rng: np.random.Generator) -> PotentialSampler:
         """The sampler with every pending change applied, in index order."""
@@ -226,6 +225,7 @@ class PromptPool:
         """Nested dict of numbers, strings and arrays: enough to continue exactly."""
         state: dict[str, Any] = {
             "belief": self._belief.state_dict(),
+            "mixture": self.mixture.state_dict(),
             "pending": np.array(self._pending, np.float64).reshape(-1, 6),
             "subset": self.subset,
             "commits_since_refresh": self._commits_since_refresh,
@@ -237,10 +237,6 @@ class PromptPool:
             state["cost"], state["speed"] = self.cost, self._speed
         if "mean" in self._samplers:
             state["sampler"] = self._samplers["mean"].state_dict()
-        if self.level is not None:
-            state["level"] = self.level.state_dict()
-        if self.predictor is not None:
-            state["predictor"] = self.predictor.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -259,7 +255,4 @@ class PromptPool:
         if "sampler" in state:
             self._samplers["mean"] = PotentialSampler.restored(self.size, state["sampler"])
         self._dirty = [np.asarray(state["dirty"], np.int64)] if len(state["dirty"]) else []
-        if self.level is not None:
-            self.level.load_state_dict(state["level"])
-        if self.predictor is not None:
-            self.predictor.load_state_dict(state["predictor"])
+        self.mixture.load_state_dict(state["mixture"])

@@ -45,7 +45,6 @@ class Draw:
     rho: np.ndarray  # float64 [k], probability of the prompt in one draw
     tau: float
     ess: float  # 1 / sum rho^2, over all prompts
-    log_z: float  # log of the sum of exp((v - 1/2) / tau) over all prompts
 
 
 def potential(p: np.ndarray) -> np.ndarray:
@@ -144,7 +143,7 @@ class PotentialSampler:
             missing -= len(row)
         index, multiplicity = _merge(np.concatenate(kept).astype(np.int64) if kept else np.zeros(0, np.int64))
         rho = np.exp((self._code[index] * _UNIT - 0.5) / tau - log_z)
-        return Draw(index=index, multiplicity=multiplicity, rho=rho, tau=tau, ess=ess, log_z=log_z)
+        return Draw(index=index, multiplicity=multiplicity, rho=rho, tau=tau, ess=ess)
 
     def ess(self, tau: float) -> float:
         """Effective sample size 1 / sum rho^2 in prompts, between 1 and N."""
@@ -348,7 +347,7 @@ class EpochSampler:
 def _uniform(rows: np.ndarray, n: int) -> Draw:
     index, multiplicity = _merge(rows)
     rho = np.full(len(index), 1.0 / n)
-    return Draw(index=index, multiplicity=multiplicity, rho=rho, tau=math.inf, ess=float(n), log_z=math.log(n))
+    return Draw(index=index, multiplicity=multiplicity, rho=rho, tau=math.inf, ess=float(n))
 
 
 def _merge(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -144,13 +144,13 @@ def load_prompts(config: DataConfig, tokenizer: Any, which: str = "train") -> Pr
 
 def curriculum_columns(config: Config, table: PromptTable) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """What the curriculum knows of the prompts: ids [N], levels [N] or None, and features [N, d] when
-    ``curriculum.prior_from`` = predictor, else None.
+    ``curriculum.prior_from`` has a predictor, else None.
 
     Raises:
         ConfigError: predictor_features = embedding, and the model has no embedding table that can be read.
     """
     features, c = None, config.curriculum
-    if c.prior_from == "predictor":
+    if c.prior_from in ("mixture", "predictor"):
         texts = table.columns["text"].to_pylist()
         if c.predictor_features == "embedding":
             features = prompt_embeddings(texts, table.tokenizer, config.model)

@@ -250,8 +250,8 @@ def _listen(curriculum: Curriculum, configs: list[Config], result: Replay) -> No
 
 def _ask(pool: PromptPool, config: Config, batch: Batch, words: Sequence[str]) -> Drawn:
     """Round 0 of ``config``'s method, on a copy of the pool."""
-    kept = (pool.level, pool.predictor, pool.config)  # a draw does not change them
-    other = copy.deepcopy(pool, {id(part): part for part in kept if part is not None})
+    kept = (*pool.mixture.experts.values(), pool.config)  # a draw does not change them
+    other = copy.deepcopy(pool, {id(part): part for part in kept})
     other.config = config
     m, epoch = config.curriculum.prompts_per_step, config.curriculum.draw == "epoch"
     if epoch and (pool.epochs is None or m != pool.config.curriculum.prompts_per_step):

@@ -118,11 +118,13 @@ def _training_groups(
         np.concatenate([_shaped_rewards(one, limit, algo.overlong_penalty_tokens) for one in merged])
         for merged in prompts
     ]
+    # the first lease of the group: its belief has what untrained pilots told, and nothing that the group told
+    first = [next(one for one in merged if one.baseline.any()).entry.lease for merged in prompts]
     advantages = compute_advantages(
         algo.advantage,
         shaped,
-        np.array([merged[0].entry.lease.alpha for merged in prompts]),
-        np.array([merged[0].entry.lease.beta for merged in prompts]),
+        np.array([lease.alpha for lease in first]),
+        np.array([lease.beta for lease in first]),
         algo.advantage_std_eps,
         whiten=not algo.kl_in_reward,
     )

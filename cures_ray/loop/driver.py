@@ -35,7 +35,15 @@ from cures_ray.config import Config
 from cures_ray.loop.assemble import assemble
 from cures_ray.loop.bottleneck import Bottleneck
 from cures_ray.loop.ports import CanaryFailed, GeneratorPort, Observer, Ports, PromptSource, WorkerLost
-from cures_ray.loop.slots import Metrics, Slot, VerifiedGroup, failed_generation, longest_waiting, step_metrics
+from cures_ray.loop.slots import (
+    Metrics,
+    Slot,
+    VerifiedGroup,
+    curriculum_metrics,
+    failed_generation,
+    longest_waiting,
+    step_metrics,
+)
 from cures_ray.messages import (
     Accounting,
     BatchPlan,
@@ -361,7 +369,7 @@ class Driver:
         if due:
             status = await self.ports.ledger.status()
             histograms = status.histograms
-            metrics |= {f"curriculum/{k}": v for k, v in status.metrics.items()}
+            metrics |= curriculum_metrics(status.metrics)
         self.observer.step(version, metrics, histograms)
 
     def _open_generators(self) -> list[GeneratorPort]:

@@ -143,3 +143,18 @@ def test_a_train_cost_thins_instead_of_min_advantage():
         return sum(int((g.advantages != 0).sum()) for g in batch.groups)
 
     assert nonzero(None) == 26 > nonzero(1000.0)
+
+
+def test_what_untrained_pilots_told_is_in_the_baseline():
+    """The pilots' lease carries the belief from before them; the group that is trained starts from after them."""
+    pilots = entry(1, [0, 0, 0, 0], keep=[0, 0, 0, 0], weight=0.0, alpha=1.0, beta=1.0, reason=Discard.PILOT)
+    rest = entry(2, [1], alpha=1.0, beta=5.0)
+    batch, report = run([pilots, rest], {1: group(1, 4), 2: group(2, 1)}, advantage="posterior_loo")
+    assert report.discarded == {1: {Discard.PILOT: 4}}
+    assert batch.groups[0].advantages == pytest.approx([1 - 1 / 6])
+
+
+def test_trained_pilots_share_the_belief_from_before_them():
+    pilots, rest = entry(1, [0, 0], reason=Discard.PILOT), entry(2, [1], alpha=1.0, beta=3.0)
+    batch, _ = run([pilots, rest], {1: group(1, 2), 2: group(2, 1)}, advantage="posterior_loo")
+    assert batch.groups[1].advantages == pytest.approx([1 - 1 / 4])  # (1 + 0) / (2 + 3 - 1)

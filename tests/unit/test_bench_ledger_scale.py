@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.micro.ledger_cycle import Plain, Pooled, believe, config, cycle
 from benchmarks.micro.ledger_scale import bars, main, power
-from cures_ray.curriculum.pool import PromptPool, generator
+from cures_ray.curriculum.pool import PromptPool, rng_for
 
 
 def test_a_quick_run_writes_every_figure_but_the_actors(tmp_path):
@@ -45,7 +45,7 @@ def test_pool_and_plain_numpy_draw_allocate_and_count_alike(mode):
     Pooled(pool).observe(rows, ones, 2 * ones)
     plain.observe(rows, ones, 2 * ones)
     assert np.array_equal(pool.belief.alpha, plain.alpha) and np.array_equal(pool.belief.beta, plain.beta)
-    assert Pooled(pool).draw(generator(0))["ess"] == pytest.approx(plain.draw(generator(0))["ess"], rel=1e-3)
+    assert Pooled(pool).draw(rng_for(0))["ess"] == pytest.approx(plain.draw(rng_for(0))["ess"], rel=1e-3)
 
 
 def test_a_missed_bar_is_said_to_be_missed():
@@ -59,14 +59,14 @@ def test_a_missed_bar_is_said_to_be_missed():
 def test_a_pool_whose_priors_all_changed_draws_as_one_built_anew(monkeypatch):
     monkeypatch.setattr("cures_ray.curriculum.pool.BUILD_ANEW", 0)
     pool, fresh = (PromptPool(config("steered"), 3000) for _ in range(2))
-    pool.draw(8, generator(0))
+    pool.draw(8, rng_for(0))
     before = pool._samplers["mean"]
     rng = np.random.default_rng(0)
     priors = rng.uniform(0.2, 3, (2, 3000))
     for one in (pool, fresh):
         one.belief.set_prior(None, *priors)
         one._touch(np.arange(3000))
-    drawn, expected = pool.draw(64, generator(1)), fresh.draw(64, generator(1))
+    drawn, expected = pool.draw(64, rng_for(1)), fresh.draw(64, rng_for(1))
     assert pool._samplers["mean"] is not before
     assert np.array_equal(drawn.index, expected.index) and drawn.tau == expected.tau
 

@@ -22,7 +22,7 @@ def run_of(method: str, accuracy=MIXED, **curriculum) -> Run:
 
 def draw_of(index, multiplicity, rho=None, size=60) -> Draw:
     rho = np.full(len(index), 1 / size) if rho is None else np.array(rho)
-    return Draw(index=np.array(index), multiplicity=np.array(multiplicity), rho=rho, tau=1.0, ess=1.0, log_z=0.0)
+    return Draw(index=np.array(index), multiplicity=np.array(multiplicity), rho=rho, tau=1.0, ess=1.0)
 
 
 # -- every method ---------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_the_prior_of_seen_prompts_follows_only_with_scope_all(scope):
     p.observe((0, 0, 0), 0, np.ones(3), np.zeros(3))
     p.learn(np.array([0]), np.array([30.0]), np.array([30.0]))
     seen, unseen = p.belief.counts(np.array([0, 1]))[0]
-    prior = 4.0 * float(np.clip(p.level.mean(np.array([0]))[0], 0.01, 0.99))
+    prior = 4.0 * float(np.clip(p.mixture.level.mean(np.array([0]))[0], 0.01, 0.99))
     assert unseen == pytest.approx(prior, rel=1e-5)  # level 1 was always right: the unseen one of it is thought easy
     assert seen == pytest.approx((prior if scope == "all" else 1.0) + 3.0, rel=1e-5)  # its evidence is kept
 

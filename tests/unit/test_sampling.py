@@ -143,7 +143,7 @@ def test_a_restored_sampler_draws_the_same():
             sampler.update(rows, values)
         one, two = (s.draw(64, np.random.default_rng(step), 0.05) for s in (original, copy))
         assert one.index.tolist() == two.index.tolist() and one.rho.tolist() == two.rho.tolist()
-        assert (one.ess, one.log_z) == (two.ess, two.log_z)
+        assert one.ess == two.ess
 
 
 def test_state_of_another_size_is_refused():
@@ -191,7 +191,7 @@ def test_when_all_prompts_collapse_draws_are_uniform_and_finite(p, tau):
     tau = sampler.solve_tau(0.5) if tau is None else tau
     draw = sampler.draw(20_000, np.random.default_rng(0), tau)
     assert draw.rho == pytest.approx(np.full(50, 1 / 50)) and draw.ess == pytest.approx(50)
-    assert np.isfinite(draw.log_z) and stats.chisquare(draw.multiplicity).pvalue > 1e-4
+    assert stats.chisquare(draw.multiplicity).pvalue > 1e-4
 
 
 def test_one_prompt_left_to_learn_from_takes_every_draw_at_the_lowest_temperature():
