@@ -63,7 +63,7 @@ class CurriculumConfig(Section):
     # beliefs
     prior_alpha: float = Field(1.0, gt=0)
     prior_beta: float = Field(1.0, gt=0)
-    prior_from: Literal["mixture", "predictor", "level", "constant"] = "mixture"
+    prior_from: Literal["mixture", "predictor", "level", "constant"] = "mixture"  # weighted by measured skill
     predictor_features: Literal["text", "embedding"] = "text"  # of the predictor: hashed text, or frozen embeddings
     prior_strength: float = Field(4.0, gt=0)  # rollouts that a level's or the predictor's mean is worth
     prior_scope: Literal["unseen", "all"] = "all"  # whose prior follows level or predictor; seen prompts keep counts
