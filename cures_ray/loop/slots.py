@@ -119,7 +119,7 @@ def step_metrics(
 
 
 def curriculum_metrics(metrics: Metrics) -> Metrics:
-    """Under the names of the logs: ``curriculum/NAME``, but for names that have a section of their own (``belief/...``)."""
+    """Under the names of the logs: ``curriculum/NAME``, but for names with a section of their own (``belief/...``)."""
     return {k if "/" in k else f"curriculum/{k}": v for k, v in metrics.items()}
 
 
