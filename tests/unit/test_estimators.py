@@ -194,9 +194,7 @@ def test_full_importance_weights_give_exactly_the_gradient_of_the_uniform_object
 
 def test_a_prompt_drawn_c_times_weighs_c_over_m():
     pool = PromptPool(small_config(curriculum={"prompts_per_step": 8}), 16)
-    draw = Draw(
-        index=np.array([3, 5]), multiplicity=np.array([6, 2]), rho=np.full(2, 1 / 16), tau=1.0, ess=1.0
-    )
+    draw = Draw(index=np.array([3, 5]), multiplicity=np.array([6, 2]), rho=np.full(2, 1 / 16), tau=1.0, ess=1.0)
     weight, _ = objective_weights(pool, draw)
     assert weight == pytest.approx([6 / 8, 2 / 8])
 
