@@ -35,15 +35,7 @@ from cures_ray.config import Config
 from cures_ray.loop.assemble import assemble
 from cures_ray.loop.bottleneck import Bottleneck
 from cures_ray.loop.ports import CanaryFailed, GeneratorPort, Observer, Ports, PromptSource, WorkerLost
-from cures_ray.loop.slots import (
-    Metrics,
-    Slot,
-    VerifiedGroup,
-    curriculum_metrics,
-    failed_generation,
-    longest_waiting,
-    step_metrics,
-)
+from cures_ray.loop.slots import Metrics, Slot, VerifiedGroup, failed_generation, longest_waiting, step_metrics
 from cures_ray.messages import (
     Accounting,
     BatchPlan,
@@ -369,7 +361,7 @@ class Driver:
         if due:
             status = await self.ports.ledger.status()
             histograms = status.histograms
-            metrics |= curriculum_metrics(status.metrics)
+            metrics |= {k if "/" in k else f"curriculum/{k}": v for k, v in status.metrics.items()}
         self.observer.step(version, metrics, histograms)
 
     def _open_generators(self) -> list[GeneratorPort]:

@@ -103,7 +103,8 @@ def step_metrics(
     metrics = {f"learner/{k}": v for k, v in report.metrics.items()}
     advantages = np.concatenate([g.advantages for g in batch.groups]) if batch.groups else np.zeros(0)
     metrics["learner/computed_share"] = float((advantages != 0).mean()) if len(advantages) else 0.0
-    metrics |= curriculum_metrics(plan.metrics)
+    # names with a section of their own keep it: belief/...
+    metrics |= {k if "/" in k else f"curriculum/{k}": v for k, v in plan.metrics.items()}
     metrics |= {
         "rollout/reward": float(_joined(valid).mean()),
         "rollout/completion_tokens": float(_joined([s.completion_tokens for s in summaries]).mean()),
@@ -116,11 +117,6 @@ def step_metrics(
         "accounting/discarded": float(sum(accounting.discarded.values())),
     }
     return metrics | {f"accounting/discarded_{k.value}": float(v) for k, v in accounting.discarded.items()}
-
-
-def curriculum_metrics(metrics: Metrics) -> Metrics:
-    """Under the names of the logs: ``curriculum/NAME``, but for names with a section of their own (``belief/...``)."""
-    return {k if "/" in k else f"curriculum/{k}": v for k, v in metrics.items()}
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
