@@ -1,107 +1,65 @@
-"""The DeepSpeed engine of one learner rank: the policy module, its optimizer, and their state without pickle.
+"""The DeepSpeed engine of one learner rank (learning.step.Engine), and its state without pickle.
 
 DeepSpeed's own checkpoints are pickles. Here each rank writes the tensors it owns (float32 master weights and
-Adam moments, whole for ZeRO 0, its shard for ZeRO 1-3) to ``rank-<r>.safetensors`` and rank 0 a
-``learner.json``; they load at the same number of ranks and the same ZeRO stage. This reads DeepSpeed's
-internals, so its version is pinned (pyproject.toml).
+Adam moments of what is trained, whole for ZeRO 0, its shard for ZeRO 1-3) to ``rank-<r>.safetensors`` and rank 0 a
+``learner.json``. They load at the same ZeRO stage; at another number of ranks for ZeRO 0-2, whose shards are slices
+of one flat tensor a parameter group. This reads DeepSpeed's internals, so its version is pinned (pyproject.toml).
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
-from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from cures_ray.config import Config, LearnerConfig
-from cures_ray.learning.losses import SampledLogprobs
-from cures_ray.messages import ConfigError
+from cures_ray.config import Config
+from cures_ray.learning.policy import Policy, make_optimizer, parameter_groups
+from cures_ray.messages import CheckpointFailed, ConfigError
 
-FORMAT = 1
-LOGITS_PER_CHUNK = 2**28  # entries [tokens, vocabulary] computed at a time: 1 GiB in float32
-
-Residual = Callable[[Tensor, Tensor, int], Tensor]  # (probs [N, V], target [N], d) -> [N, K]
+FORMAT = 2
 
 
-class Policy(torch.nn.Module):
-    """A causal language model whose forward pass scores given completion tokens.
+class DeepSpeedEngine:
+    """One of ``ranks`` ranks; ``module`` holds the policy's weights, ``policy`` is its forward pass."""
 
-    Logits are computed only where a completion token is predicted, and in ``chunks`` pieces that are computed
-    again in the backward pass, so that [tokens, vocabulary] never has to fit in memory at once.
-    """
+    def __init__(self, policy: Policy, config: Config, rank: int, ranks: int, device: torch.device) -> None:
+        self.rank, self.ranks, self.device, self.config = rank, ranks, device, config
+        self.policy = build_engine(policy, config, ranks, on_gpu=device.type == "cuda")
+        self.module = self.policy.module
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        if getattr(model.config, "final_logit_softcapping", None):
-            raise ConfigError(f"model {model.config.model_type}: final_logit_softcapping is not supported")
-        self.lm = model
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.policy.set_gradient_accumulation_boundary(last)
+        self.policy.backward(loss * self.ranks)  # DeepSpeed divides the sum over ranks by their number
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        index: Tensor,
-        target: Tensor,
-        temperature: float,
-        chunks: int,
-        residual: Residual | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Score N tokens of ``input_ids`` [B, S], right-padded.
+    def update(self, rate: float) -> float:
+        for group in _inner(self.policy).param_groups:
+            group["lr"] = rate
+        plain = 0.0
+        if self.config.learner.zero_stage == 0:  # DeepSpeed tells no norm for float32 without ZeRO
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            plain = float(torch.nn.utils.get_total_norm(gradients))
+        self.policy.step()
+        norm = self.policy.get_global_grad_norm()
+        return plain if norm is None else float(norm)
 
-        ``index`` int64 [N]: flat position (row * S + column) whose logits predict ``target`` [N].
-        Returns log-probabilities [N], entropies [N], hidden states [N, d], and ``residual``'s [N, K] if given.
-        """
-        hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, index)
-        head = self.lm.get_output_embeddings()
-
-        def score(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            logprobs, entropy, probs = SampledLogprobs.apply(head(h), t, temperature)
-            return logprobs, entropy, probs.new_zeros(0) if residual is None else residual(probs, t, h.shape[1])
-
-        if chunks == 1:
-            logprobs, entropy, extra = score(hidden, target)
-        else:
-            parts = [
-                checkpoint(score, h, t, use_reentrant=False)
-                for h, t in zip(_pieces(hidden, chunks), _pieces(target, chunks), strict=True)
-            ]
-            logprobs, entropy, extra = (torch.cat(column) for column in zip(*parts, strict=True))
-        return logprobs, entropy, hidden.detach(), None if residual is None else extra
+    def total(self, values: list[float], *, largest: bool = False) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        return [float(x) for x in tensor.tolist()]
 
 
-def _pieces(tensor: Tensor, chunks: int) -> list[Tensor]:
-    """Exactly ``chunks`` pieces, empty ones included: every rank must call a ZeRO-3 layer equally often."""
-    bounds = [len(tensor) * i // chunks for i in range(chunks + 1)]
-    return [tensor[a:b] for a, b in itertools.pairwise(bounds)]
+def gather(parameters: list[Tensor]) -> AbstractContextManager[Any]:
+    """A block in which parameters that ZeRO-3 has cut into shards are whole. A collective."""
+    import deepspeed
 
-
-def load_model(config: Config) -> Any:
-    """The Hugging Face model in the learner's dtype, dropout off: log-probabilities must be those of sampling."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model.path,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        dtype=getattr(torch, config.learner.dtype),
-    )
-    module: Any
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    if config.learner.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return deepspeed.zero.GatheredParameters(parameters)  # type: ignore[no-any-return]
 
 
 def build_engine(policy: Policy, config: Config, world_size: int, *, on_gpu: bool) -> Any:
@@ -109,18 +67,7 @@ def build_engine(policy: Policy, config: Config, world_size: int, *, on_gpu: boo
     import deepspeed
 
     learner = config.learner
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.dim() >= 2]
-    plain = [p for p in parameters if p.dim() < 2]
-    groups: Any = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}] if learner.weight_decay else parameters
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=learner.lr,
-        betas=(learner.adam_beta1, learner.adam_beta2),
-        weight_decay=learner.weight_decay,
-        fused=True,
-    )
-    bucket = min(200_000_000, sum(p.numel() for p in parameters))
+    bucket = min(200_000_000, sum(p.numel() for p in policy.parameters() if p.requires_grad))
     bf16 = learner.dtype == "bfloat16"
     tree: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # micro-batches have any number of rows; the loss is a sum
@@ -139,87 +86,109 @@ def build_engine(policy: Policy, config: Config, world_size: int, *, on_gpu: boo
     }
     if bf16 and learner.zero_stage:
         tree["data_types"] = {"grad_accum_dtype": "fp32"}
-    engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=tree)
+    engine, *_ = deepspeed.initialize(model=policy, optimizer=make_optimizer(policy, learner), config=tree)
     return engine
 
 
-def learning_rate(learner: LearnerConfig, update: int, total: int) -> float:
-    """Of optimizer update ``update`` (0-based) of ``total``: linear warm-up, then the schedule down to 0."""
-    if update < learner.warmup_steps:
-        return learner.lr * (update + 1) / learner.warmup_steps
-    done = min(1.0, (update - learner.warmup_steps) / max(1, total - learner.warmup_steps))
-    if learner.lr_schedule == "linear":
-        return learner.lr * (1 - done)
-    if learner.lr_schedule == "cosine":
-        return learner.lr * 0.5 * (1 + math.cos(math.pi * done))
-    return learner.lr
+# -- state ---------------------------------------------------------------------------------------------
 
 
-def set_learning_rate(engine: Any, rate: float) -> None:
-    for group in _inner(engine).param_groups:
-        group["lr"] = rate
+def save_state(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Write this rank's share of the training state; rank 0 also writes ``learner.json``.
 
-
-def grad_norm(engine: Any) -> float | None:
-    """The global norm before clipping as DeepSpeed found it in its last step; None for float32 ZeRO 0."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
-
-
-def save_state(engine: Any, folder: Path, rank: int, world_size: int, learner: LearnerConfig, updates: int) -> None:
-    """Write this rank's share of the training state; rank 0 also writes ``learner.json``."""
+    Raises:
+        CheckpointFailed: the folder cannot be written.
+    """
     tensors = {"rng_cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng_cuda"] = torch.cuda.get_rng_state()
-    state = _inner(engine).state
-    for i, master in enumerate(_masters(engine)):
+    state = _inner(engine.policy).state
+    for i, master in enumerate(_masters(engine.policy)):
         tensors[f"{i}.master"] = master.detach()
         for key, value in state.get(master, {}).items():
             tensors[f"{i}.{key}"] = torch.as_tensor(value)
     tensors = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
-    save_file(tensors, folder / f"rank-{rank}.safetensors")
-    if rank == 0:
-        (folder / "learner.json").write_text(json.dumps(_header(world_size, learner) | {"updates": updates}, indent=1))
+    try:
+        save_file(tensors, folder / f"rank-{engine.rank}.safetensors")
+        if engine.rank == 0:
+            (folder / "learner.json").write_text(json.dumps(_header(engine), indent=1))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointFailed(
+            f"learner rank {engine.rank} could not write its checkpoint to {folder}: {error}; free space there, or "
+            f"choose another checkpoint.dir"
+        ) from error
 
 
-def load_state(engine: Any, folder: Path, rank: int, world_size: int, learner: LearnerConfig) -> int:
-    """Restore what ``save_state`` wrote; returns the number of optimizer updates done.
+def load_state(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Restore what ``save_state`` wrote, also by another number of ranks for ZeRO 0-2.
 
     Raises:
-        ConfigError: the checkpoint is of another number of ranks, ZeRO stage, dtype or model size.
+        ConfigError: the checkpoint is of another ZeRO stage, dtype or model, or of another number of ranks under
+            ZeRO 3.
     """
-    header = json.loads((folder / "learner.json").read_text())
-    for key, wanted in _header(world_size, learner).items():
-        if header.get(key) != wanted:
+    header, expected = json.loads((folder / "learner.json").read_text()), _header(engine)
+    stage, saved_ranks = engine.config.learner.zero_stage, header.get("num_ranks")
+    for key, wanted in expected.items():
+        if header.get(key) != wanted and not (key == "num_ranks" and stage < 3):
             raise ConfigError(
-                f"learner checkpoint {folder}: {key} is {header.get(key)}, this run has {wanted}; set it back, or "
-                f"start a new run from an exported model"
+                f"learner checkpoint {folder}: {key} is {header.get(key)}, this run has {wanted}; set it back"
+                + (" (another number of ranks can resume a run with learner.zero_stage 0 to 2)" if stage == 3 else "")
+                + ", or start a new run from an exported model"
             )
-    masters, state = _masters(engine), _inner(engine).state
-    with safe_open(folder / f"rank-{rank}.safetensors", framework="pt") as file, torch.no_grad():
-        names = set(file.keys())
+    masters, state = _masters(engine.policy), _inner(engine.policy).state
+    ranks = [engine.rank] if saved_ranks == engine.ranks else [0] if stage == 0 else list(range(saved_ranks))
+    with ExitStack() as open_files, torch.no_grad():
+        files = [open_files.enter_context(safe_open(folder / f"rank-{r}.safetensors", framework="pt")) for r in ranks]
+        names = set(files[0].keys())
         if sum(n.endswith(".master") for n in names) != len(masters):
             raise ConfigError(f"learner checkpoint {folder}: it holds another model or other parameter groups")
+        sizes = _sizes(engine)
         for i, master in enumerate(masters):
-            saved = file.get_tensor(f"{i}.master")
+            keys = sorted(n.removeprefix(f"{i}.") for n in names if n.startswith(f"{i}."))
+            own = {k: _own_part([f.get_tensor(f"{i}.{k}") for f in files], master, sizes[i], engine) for k in keys}
+            saved = own.pop("master")
             if saved.shape != master.shape:
                 raise ConfigError(
-                    f"learner checkpoint {folder}: tensor {i} of rank {rank} is {list(saved.shape)}, this model "
-                    f"needs {list(master.shape)}; is model.path the model of that run?"
+                    f"learner checkpoint {folder}: tensor {i} of rank {engine.rank} is {list(saved.shape)}, this "
+                    f"model needs {list(master.shape)}; is model.path the model of that run?"
                 )
             master.data.copy_(saved)
-            keys = [n.removeprefix(f"{i}.") for n in names if n.startswith(f"{i}.") and n != f"{i}.master"]
-            if keys:
-                state[master] = {k: file.get_tensor(f"{i}.{k}").to(master.device) for k in sorted(keys)}
+            if own:
+                state[master] = {k: t.to(master.device) for k, t in own.items()}
+        file = files[min(engine.rank, len(files) - 1)]
         torch.set_rng_state(file.get_tensor("rng_cpu"))
         if "rng_cuda" in names and torch.cuda.is_available():
             torch.cuda.set_rng_state(file.get_tensor("rng_cuda"))
-    _masters_to_model(engine)
-    return int(header["updates"])
+    _masters_to_model(engine.policy)
 
 
-def _header(world_size: int, learner: LearnerConfig) -> dict[str, Any]:
-    return {"format": FORMAT, "num_ranks": world_size, "zero_stage": learner.zero_stage, "dtype": learner.dtype}
+def _own_part(parts: list[Tensor], master: Tensor, size: int, engine: DeepSpeedEngine) -> Tensor:
+    """Of a tensor saved by ``parts`` ranks, what this rank holds: one part as it is (a step count too), several as one
+    flat tensor of ``size`` values and padding, cut again."""
+    if len(parts) == 1 or parts[0].dim() == 0:
+        return parts[0]
+    whole = torch.cat(parts)[:size]
+    mine = whole[engine.rank * master.numel() : (engine.rank + 1) * master.numel()]
+    return torch.nn.functional.pad(mine, (0, master.numel() - len(mine))) if len(whole) == size else whole
+
+
+def _sizes(engine: DeepSpeedEngine) -> list[int]:
+    """Values of each master over all ranks, without padding; of no use where each is saved whole, or for ZeRO 3."""
+    if engine.config.learner.zero_stage in (1, 2):
+        groups = parameter_groups(engine.module, engine.config.learner)
+        return [sum(p.numel() for p in group) for group in groups]
+    return [m.numel() for m in _masters(engine.policy)]
+
+
+def _header(engine: DeepSpeedEngine) -> dict[str, Any]:
+    learner, lora = engine.config.learner, engine.config.model.lora
+    return {
+        "format": FORMAT,
+        "num_ranks": engine.ranks,
+        "zero_stage": learner.zero_stage,
+        "dtype": learner.dtype,
+        "lora": None if lora is None else lora.model_dump(),
+    }
 
 
 def _inner(engine: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,22 @@ class LearnerGroup:
     """Starts ``learner.num_ranks`` ranks and gives every call to all of them.
 
     Each call has a deadline (``trainer.no_progress_timeout_s``). A rank that dies ends the call at once with a
-    RunError that names it: its optimizer shard is gone, so the way on is a resume from the last checkpoint.
+    RunError that names it: its optimizer shard is gone, so the way on is ``restart`` from the last checkpoint.
     """
 
     def __init__(self, config: Config, options: list[dict[str, Any]]) -> None:
         """``options``: Ray actor options of each rank, see actors.cluster.placement."""
-        self.config = config
-        actor = ray.remote(LearnerRank)
-        self.ranks: list[Any] = [
-            actor.options(**own).remote(config, rank, len(options))  # type: ignore[attr-defined]
-            for rank, own in enumerate(options)
-        ]
+        self.config, self._options = config, options
         self.parameters = 0
+        self.ranks: list[Any] = []
+        self._start_ranks()
+
+    def _start_ranks(self) -> None:
+        actor = ray.remote(LearnerRank)
+        self.ranks = [
+            actor.options(**rank_options).remote(self.config, rank, len(self._options))  # type: ignore[attr-defined]
+            for rank, rank_options in enumerate(self._options)
+        ]
 
     async def start(self, shm: Path, backend: str, canary: list[np.ndarray], resume: Path | None = None) -> None:
         """Bring all ranks up; ``resume`` is a folder that ``save`` wrote.
@@ -43,15 +48,28 @@ class LearnerGroup:
             RunError: a rank failed or was not up within 10 minutes.
             ConfigError: ``resume`` belongs to another learner.
         """
-        address, port = (await self._gather("address", ranks=self.ranks[:1], seconds=START_SECONDS))[0]
-        await self._gather("join", address, port, seconds=START_SECONDS)
+        addresses = await self._gather("address", seconds=START_SECONDS)
+        ranks_on_node = Counter(address for address, _ in addresses)
+        joins = [(*addresses[0], ranks_on_node[address]) for address, _ in addresses]
+        await self._gather("join", of_rank=joins, seconds=START_SECONDS)
         await self.build(self.config, shm, backend, canary, resume)
+
+    async def restart(self, resume: Path | None) -> None:
+        """End all ranks, dead ones included, and start fresh ones in their places from the checkpoint ``resume`` (None:
+        from the model). Calls that are in flight fail. What was trained since the checkpoint is lost.
+
+        Raises:
+            RunError, ConfigError: as ``start``.
+        """
+        self.stop()
+        self._start_ranks()
+        await self.start(*self._built_with, resume)
 
     async def build(
         self, config: Config, shm: Path, backend: str, canary: list[np.ndarray], resume: Path | None = None
     ) -> None:
         """Model and engine; again for other settings on the same ranks, as ``start`` for the first time."""
-        self.config = config
+        self.config, self._built_with = config, (shm, backend, canary)
         counts = await self._gather("build", config, shm, backend, canary, resume, seconds=START_SECONDS)
         self.parameters = counts[0]
 
@@ -81,12 +99,15 @@ class LearnerGroup:
             ray.kill(rank)
 
     async def _gather(
-        self, method: str, *arguments: Any, ranks: list[Any] | None = None, seconds: float | None = None
+        self, method: str, *arguments: Any, of_rank: list[Any] | None = None, seconds: float | None = None
     ) -> list[Any]:
-        """Call ``method`` on all ranks; the first failure ends the wait, for the others wait for the failed one."""
+        """Call ``method`` on all ranks, with the same ``arguments`` or those ``of_rank``; the first failure ends the
+        wait, for the others wait for the failed one."""
         seconds = seconds or self.config.trainer.no_progress_timeout_s
+        each = of_rank or [arguments] * len(self.ranks)
         calls = [
-            asyncio.ensure_future(_await(getattr(rank, method).remote(*arguments))) for rank in ranks or self.ranks
+            asyncio.ensure_future(_await(getattr(rank, method).remote(*values)))
+            for rank, values in zip(self.ranks, each, strict=True)
         ]
         done, pending = await asyncio.wait(calls, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
         if any(call.exception() for call in done) and pending:  # a death shows in the others first: look for it
@@ -111,7 +132,7 @@ async def _await(reference: Any) -> Any:
 
 
 def _blame(method: str, failures: list[tuple[int, BaseException | None]]) -> Exception:
-    """The failure to report: a dead rank, else a rank's own RunError, else the first."""
+    """The failure to report: a dead rank, else a RunError, else the first."""
     for rank, error in failures:
         if isinstance(error, RayActorError):
             return RunError(
@@ -119,9 +140,9 @@ def _blame(method: str, failures: list[tuple[int, BaseException | None]]) -> Exc
                 f"checkpoint.resume = auto"
             )
     causes = [(rank, error.cause if isinstance(error, RayTaskError) else error) for rank, error in failures]
-    for _, cause in causes:
-        if isinstance(cause, RunError) and "another learner rank" not in str(cause):
-            return cause
+    known = [cause for _, cause in causes if isinstance(cause, RunError)]
+    if known:
+        return max(known, key=lambda cause: len(str(cause)))  # the rank that saw the reason says more
     rank, cause = causes[0]
     unwritten = method == "save" and isinstance(cause, (OSError, SafetensorError))
     kind = CheckpointError if unwritten else RunError

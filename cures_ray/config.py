@@ -29,10 +29,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
 
 
+class LoraConfig(Section):
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)  # the adapters' output is scaled by alpha / rank
+    targets: str | list[str] = "all-linear"  # layers with adapters: all below the output layer, or names as in q_proj
+
+
 class ModelConfig(Section):
     path: str = ""  # a Hugging Face folder or Hub name
     revision: str | None = None
     trust_remote_code: bool = False
+    lora: LoraConfig | None = None  # train low-rank adapters and keep the model frozen; None: train every parameter
 
 
 class DataConfig(Section):
@@ -117,7 +124,8 @@ class AlgoConfig(Section):
     is_cap: float = Field(2.0, gt=1)
     kl_coef: float = Field(0.0, ge=0)
     kl_in_reward: bool = False  # REINFORCE++: subtract k1 from the reward instead of adding k3 to the loss
-    updates_per_batch: int = Field(1, ge=1)  # optimizer steps on one batch (PPO epochs)
+    updates_per_batch: int = Field(1, ge=1)  # passes over one batch (PPO epochs), each with its own optimizer steps
+    mini_batches: int = Field(1, ge=1)  # optimizer steps of one pass, on disjoint parts of the batch; see clip_eps_low
     overlong_penalty_tokens: int = Field(0, ge=0)  # DAPO soft overlong punishment over the last tokens
 
     @field_validator("train_cost")
@@ -126,14 +134,6 @@ class AlgoConfig(Section):
         if isinstance(value, float | int) and value <= 0:
             raise ValueError('a cost above 0, "measured" or None is expected')
         return value
-
-    @property
-    def smallest_advantage(self) -> float:
-        """Advantages below it train with probability |A| / it, at its size, and nothing is computed for the others: the
-        same expectation. Unless ``min_advantage`` is set, 0.3 for posterior_std and 0 (all train) for the others."""
-        if self.min_advantage is not None:
-            return self.min_advantage
-        return 0.3 if self.advantage == "posterior_std" else 0.0
 
 
 class AsyncConfig(Section):
@@ -155,7 +155,19 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = False
     seed: int = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    cpus_per_rank: float = Field(1.0, gt=0)
+    cpus_per_rank: float | Literal["auto"] = "auto"  # CPUs and threads; auto: 1 for Ray, threads by size and cores
+
+    @field_validator("cpus_per_rank")
+    @classmethod
+    def _cpus_above_zero(cls, value: float | str) -> float | str:
+        if isinstance(value, float | int) and value <= 0:
+            raise ValueError('a number above 0 or "auto" is expected')
+        return value
+
+    @property
+    def logical_cpus(self) -> float:
+        """CPUs that a rank claims from Ray, so that "auto" never makes a placement fail."""
+        return 1.0 if self.cpus_per_rank == "auto" else float(self.cpus_per_rank)
 
 
 class VerifierConfig(Section):

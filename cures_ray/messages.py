@@ -309,3 +309,19 @@ class CheckpointError(RunError):
 
 class ConfigError(RunError):
     """Bad configuration, data or environment, found before any actor starts."""
+
+
+class CheckpointFailed(RunError):
+    """A checkpoint could not be written (a full disk, a lost mount). Nothing else is lost: training can go on."""
+
+
+class PayloadsLost(RunError):
+    """Payloads of a batch are gone with the process that held them. Nothing was updated: their leases can be given
+    back and the step repeated without them."""
+
+    def __init__(self, message: str, lease_ids: tuple[int, ...]) -> None:
+        super().__init__(message, lease_ids)
+        self.lease_ids = lease_ids
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -43,14 +43,14 @@ def roles(config: Config, gpus_in_cluster: float) -> list[Role]:
         if tensor_parallel > 1:
             raise ConfigError("placement.colocate = true needs rollout.tensor_parallel_size = 1: each GPU holds both")
         count = max(learner.num_ranks, rollout.num_generators)
-        bundle = {"CPU": placement.generator_cpus + learner.cpus_per_rank, "GPU": 1.0}
+        bundle = {"CPU": placement.generator_cpus + learner.logical_cpus, "GPU": 1.0}
         result += [
-            Role(name="learner", count=count, bundle=bundle, cpus=learner.cpus_per_rank, gpus=0.5),
+            Role(name="learner", count=count, bundle=bundle, cpus=learner.logical_cpus, gpus=0.5),
             Role(name="generator", count=0, bundle=bundle, cpus=placement.generator_cpus, gpus=0.5),
         ]
     else:
         result += [
-            _role("learner", learner.num_ranks, learner.cpus_per_rank, 1 if gpu else 0),
+            _role("learner", learner.num_ranks, learner.logical_cpus, 1 if gpu else 0),
             _role("generator", rollout.num_generators, placement.generator_cpus, tensor_parallel if gpu else 0),
         ]
     return result

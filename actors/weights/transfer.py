@@ -147,19 +147,21 @@ def _full(parameter: torch.Tensor) -> tuple[int, ...]:
 
 
 def gathered(module: torch.nn.Module, zero_stage: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, full tensor) of each parameter, in order. Under ZeRO-3 a collective: all ranks must iterate."""
+    """(name, full tensor) of each parameter of the base model, in order, LoRA adapters merged. Under ZeRO-3 a
+    collective: all ranks must iterate."""
+    from cures_ray.learning.lora import full_tensors
+
     if zero_stage < 3:
-        yield from module.named_parameters()
-        return
+        return full_tensors(module)
     import deepspeed
 
-    for name, parameter in module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield name, parameter.data
+    return full_tensors(module, deepspeed.zero.GatheredParameters)
 
 
 def _metadata(module: torch.nn.Module) -> dict[str, list[Any]]:
-    named = list(module.named_parameters())
+    from cures_ray.learning.lora import base_parameters
+
+    named = list(base_parameters(module))
     return {
         "names": [name for name, _ in named],
         "dtype_names": [str(p.dtype).removeprefix("torch.") for _, p in named],
@@ -190,9 +192,11 @@ def send_weights(module: torch.nn.Module, info: dict[str, Any], *, rank: int, ze
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+    from cures_ray.learning.lora import base_parameters
+
     class Source(WeightSource):
         def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(name, p.dtype, _full(p)) for name, p in module.named_parameters()]
+            return [ParamMeta(name, p.dtype, _full(p)) for name, p in base_parameters(module)]
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
             return gathered(module, zero_stage)

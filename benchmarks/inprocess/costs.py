@@ -42,11 +42,11 @@ class Costs:
         self.generated_tokens += completion_tokens
         self.generation_flops += 2.0 * parameters * (prompt_tokens + completion_tokens)
 
-    def trained(self, metrics: dict[str, float], updates: int) -> None:
+    def trained(self, metrics: dict[str, float]) -> None:
         self.trained_tokens += metrics.get("trained_tokens", 0.0)
         self.computed_tokens += metrics.get("computed_tokens", 0.0)
         self.learner_flops += metrics.get("flops", 0.0)
-        self.optimizer_steps += updates
+        self.optimizer_steps += int(metrics.get("updates", 0.0))
 
     def mark(self, version: int, accounting: Accounting) -> None:
         self.marks.append(

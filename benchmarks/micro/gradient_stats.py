@@ -146,14 +146,15 @@ def statistics_cpu_seconds(case: tuple[str, int, int, int, int], repeats: int) -
     _, vocabulary, width, _, rollouts = case
     torch.set_num_threads(1)
     batch = make_batch(0, vocabulary, rollouts)
-    plan = plan_step(batch, 1, MAX_TOKENS, skip_idle=True, whole_leases=True)[0]
-    rows = [[make_row(batch.groups[g], batch.groups[g].payload, slot) for g, slot in places] for places in plan]
+    settings = {"curriculum": {"sigma": "last_layer"}, "learner": {"max_tokens_per_rank": MAX_TOKENS}}
+    plan = plan_step(batch, 1, Config.model_validate(settings))[0]
+    rows = [[make_row(batch.groups[g], batch.groups[g].payload, slot) for g, slot in rollouts] for rollouts in plan]
     work = []
     for members in rows:
         m = collate(members)
         probs = torch.softmax(torch.randn(len(m.target), vocabulary), 1)
         tensors = (torch.randn(len(m.target), width), probs, torch.as_tensor(m.target), torch.as_tensor(m.row))
-        work.append((*tensors, [r.lease_id for r in members], [r.reward > 0.5 for r in members]))
+        work.append((*tensors, m.lease_ids, m.correct))
     used = []
     for _ in range(repeats + 2):
         began, statistics = time.process_time(), LastLayerStatistics()

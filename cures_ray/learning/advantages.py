@@ -114,41 +114,6 @@ def compute_advantages(
     return function([np.asarray(r, np.float64) for r in rewards], alpha, beta, std_eps)
 
 
-LEVELS = 64  # thinning levels that are tried
-
-
-def thinned(advantages: Groups, smallest: float, rng: np.random.Generator) -> Groups:
-    """Advantages below ``smallest`` in size become +-smallest with probability |A| / smallest, else 0: the same
-    expectation, and the learner computes nothing for a 0. With a good baseline most rollouts are no surprise."""
-    result = []
-    for a in advantages:
-        keep = rng.random(len(a)) * smallest < np.abs(a)
-        result.append(np.where(np.abs(a) >= smallest, a, np.where(keep, np.sign(a) * smallest, 0.0)))
-    return result
-
-
-def thinning_level(advantages: Groups, train_cost: float, *, overlap: bool) -> float:
-    """The level of ``thinned`` that buys the least gradient noise for the cost of a batch.
-
-    A rollout trained with probability q = min(1, |A| / level) at A / q adds A^2 / q = max(A^2, level |A|) to the
-    gradient's second moment, and costs 1 to generate and q ``train_cost`` to train on. Noise falls with the number of
-    rollouts and these with their cost, so that the product of both is what equal money leaves; levels between 0 and the
-    largest |A| are tried.
-
-    Args:
-        train_cost: of one rollout, generating one = 1.
-        overlap: generation goes on while the learner trains, so that a step takes the longer of the two.
-    """
-    size = np.abs(np.concatenate([np.asarray(a, float) for a in advantages])) if advantages else np.zeros(0)
-    if not len(size) or size.max() == 0:
-        return 0.0
-    levels = size.max() * np.arange(1, LEVELS + 1)[:, None] / LEVELS
-    noise = np.maximum(size**2, levels * size).mean(1)
-    trained = np.minimum(1.0, size / levels).mean(1)
-    cost = np.maximum(1.0, train_cost * trained) if overlap else 1.0 + train_cost * trained
-    return float(levels[np.argmin(noise * cost), 0])
-
-
 def token_weights(
     loss_length: str, prompt_weights: np.ndarray, lengths: Sequence[np.ndarray], max_new_tokens: int
 ) -> Groups:

@@ -8,10 +8,12 @@ but the speed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cures_ray.config import Config
+from cures_ray.learning.thinning import computed, takes_statistics
 from cures_ray.messages import RolloutGroup, TrainingBatch, TrainingGroup
 
 
@@ -21,11 +23,6 @@ class PackingPlan:
     because ZeRO 2 and 3 communicate in each backward pass: an empty one is computed as a dummy of weight 0."""
 
     micro_batches: list[list[np.ndarray]]
-
-    def balance(self, tokens: np.ndarray) -> float:
-        """Tokens of the mean rank / tokens of the busiest: 1 is perfect."""
-        loads = [sum(int(tokens[rows].sum()) for rows in rank) for rank in self.micro_batches]
-        return float(np.mean(loads) / max(loads)) if max(loads) else 1.0
 
 
 def pack(tokens: np.ndarray, ranks: int, max_tokens: int, together: np.ndarray | None = None) -> PackingPlan:
@@ -66,25 +63,39 @@ def _split(rows: np.ndarray, tokens: np.ndarray, max_tokens: int) -> list[np.nda
     return batches
 
 
-def plan_step(
-    batch: TrainingBatch, ranks: int, max_tokens: int, *, skip_idle: bool, whole_leases: bool
-) -> list[list[list[tuple[int, int]]]]:
+def mini_batches(batch: TrainingBatch, count: int, seed: int) -> list[TrainingBatch]:
+    """``batch`` cut at random into at most ``count`` parts of its leases, one optimizer step each (PPO's mini-batches).
+
+    The loss of a part of k of K leases is scaled by K / k. A lease is equally likely to be in any part, so the
+    expected gradient of each part is that of the batch. The same on all ranks.
+    """
+    leases = len(batch.groups)
+    if min(count, leases) < 2:
+        return [batch]
+    order = np.random.default_rng([seed, batch.step]).permutation(leases)
+    return [
+        replace(
+            batch,
+            groups=tuple(replace(g, weights=g.weights * (leases / len(part))) for g in (batch.groups[i] for i in part)),
+        )
+        for part in (np.sort(part) for part in np.array_split(order, min(count, leases)))
+    ]
+
+
+def plan_step(batch: TrainingBatch, ranks: int, config: Config) -> list[list[list[tuple[int, int]]]]:
     """[rank][micro-batch] -> (group, slot within the group) of its rollouts; see ``pack``.
 
-    Empty completions are left out, and with ``skip_idle`` rollouts of advantage 0, which cannot move the policy
-    unless there is a KL term. They count as trained all the same.
+    What the learner may leave out (``thinning.computed``) is in no micro-batch. It counts as trained all the same.
     """
-    sizes = [len(g.rollout_index) for g in batch.groups]
-    places = [(g, slot) for g, n in enumerate(sizes) for slot in range(n)]
-    group_of = np.array([g for g, _ in places], np.int64)
-    lengths = np.concatenate([g.completion_tokens for g in batch.groups] or [np.zeros(0, np.int64)]).astype(np.int64)
+    rollouts = [(g, slot) for g, group in enumerate(batch.groups) for slot in range(len(group.rollout_index))]
+    group_of = np.array([g for g, _ in rollouts], np.int64)
+    nothing = np.zeros(0, np.int64)
+    lengths = np.concatenate([g.completion_tokens for g in batch.groups] or [nothing]).astype(np.int64)
     tokens = lengths + np.array([batch.groups[g].prompt_tokens for g in group_of], np.int64)
-    useful = lengths > 0
-    if skip_idle:
-        useful &= np.concatenate([g.advantages != 0 for g in batch.groups] or [np.zeros(0, bool)])
-    active = np.flatnonzero(useful)
-    plan = pack(tokens[active], ranks, max_tokens, group_of[active] if whole_leases else None)
-    return [[[places[i] for i in active[rows]] for rows in rank] for rank in plan.micro_batches]
+    active = np.flatnonzero(np.concatenate([computed(g, config) for g in batch.groups] or [nothing]))
+    together = group_of[active] if takes_statistics(config) else None
+    plan = pack(tokens[active], ranks, config.learner.max_tokens_per_rank, together)
+    return [[[rollouts[i] for i in active[rows]] for rows in micro_batches] for micro_batches in plan.micro_batches]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +137,16 @@ class MicroBatch:
     advantage: np.ndarray  # float32 [N]
     weight: np.ndarray  # float32 [N]
     tokens: int  # prompt + completion tokens without padding; 0 for a dummy
+    squares: float  # sum over rows of their tokens squared
+    lease_ids: list[int]  # of each row
+    correct: list[bool]  # of each row: reward > 0.5, the classes of the gradient statistics
 
 
 def collate(rows: Sequence[Row], pad_token_id: int = 0) -> MicroBatch:
     """Pad and flatten. No rows: a dummy of one token with weight 0."""
     if not rows:
         zero, one = np.zeros(1, np.int64), np.zeros(1, np.float32)
-        return MicroBatch(np.full((1, 2), pad_token_id), zero, zero, zero + pad_token_id, one, one, one, 0)
+        return MicroBatch(np.full((1, 2), pad_token_id), zero, zero, zero + pad_token_id, one, one, one, 0, 0.0, [], [])
     sizes = np.array([len(r.prompt) + len(r.completion) for r in rows])
     input_ids = np.full((len(rows), max(2, int(sizes.max()))), pad_token_id, np.int64)
     for i, row in enumerate(rows):
@@ -147,4 +161,7 @@ def collate(rows: Sequence[Row], pad_token_id: int = 0) -> MicroBatch:
         advantage=np.repeat(np.array([r.advantage for r in rows], np.float32), lengths),
         weight=np.repeat(np.array([r.weight for r in rows], np.float32), lengths),
         tokens=int(sizes.sum()),
+        squares=float((sizes**2).sum()),
+        lease_ids=[r.lease_id for r in rows],
+        correct=[r.reward > 0.5 for r in rows],
     )

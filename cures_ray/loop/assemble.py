@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cures_ray.config import Config
-from cures_ray.learning.advantages import compute_advantages, overlong_penalty, thinned, thinning_level, token_weights
+from cures_ray.learning.advantages import compute_advantages, overlong_penalty, token_weights
+from cures_ray.learning.thinning import thin
 from cures_ray.messages import (
     BatchEntry,
     BatchPlan,
@@ -32,7 +33,6 @@ from cures_ray.messages import (
     TrainingGroup,
 )
 
-THINNING = 7  # random stream of ``thinned``
 VerifiedGroup = tuple[GroupSummary, PayloadHandle, np.ndarray]  # fault mask, bool [n]
 
 
@@ -70,10 +70,10 @@ def assemble(
     by_prompt: dict[str, list[_Leased]] = {}
     for leased in leases:
         by_prompt.setdefault(leased.entry.lease.prompt_id, []).append(leased)
-    prompts = [merged for merged in by_prompt.values() if any(one.trained.any() for one in merged)]
+    prompts = [prompt_leases for prompt_leases in by_prompt.values() if any(x.trained.any() for x in prompt_leases)]
     batch = TrainingBatch(step=version, groups=_training_groups(prompts, groups, config, version, train_cost))
-    trained = {one.entry.lease.lease_id: int(one.trained.sum()) for one in leases}
-    discarded = {one.entry.lease.lease_id: one.discarded for one in leases if one.discarded}
+    trained = {leased.entry.lease.lease_id: int(leased.trained.sum()) for leased in leases}
+    discarded = {leased.entry.lease.lease_id: leased.discarded for leased in leases if leased.discarded}
     return batch, CommitReport(batch=plan.batch, trained=trained, discarded=discarded)
 
 
@@ -115,63 +115,64 @@ def _training_groups(
     """One TrainingGroup a lease with trained rollouts; baseline and n_i over all leases of its prompt."""
     algo, limit = config.algo, config.rollout.max_new_tokens
     shaped = [
-        np.concatenate([_shaped_rewards(one, limit, algo.overlong_penalty_tokens) for one in merged])
-        for merged in prompts
+        np.concatenate([_shaped_rewards(leased, limit, algo.overlong_penalty_tokens) for leased in prompt_leases])
+        for prompt_leases in prompts
     ]
-    # the first lease of the group: its belief has what untrained pilots told, and nothing that the group told
-    first = [next(one for one in merged if one.baseline.any()).entry.lease for merged in prompts]
+    beliefs = [_first_in_baseline(prompt_leases).entry.lease for prompt_leases in prompts]
     advantages = compute_advantages(
         algo.advantage,
         shaped,
-        np.array([lease.alpha for lease in first]),
-        np.array([lease.beta for lease in first]),
+        np.array([lease.alpha for lease in beliefs]),
+        np.array([lease.beta for lease in beliefs]),
         algo.advantage_std_eps,
         whiten=not algo.kl_in_reward,
     )
-    smallest = algo.smallest_advantage
-    if train_cost is not None:
-        smallest = thinning_level(advantages, train_cost, overlap=config.async_rl.max_staleness > 0)
-    if smallest:
-        rng = np.random.default_rng([config.trainer.seed, version, THINNING])
-        advantages = thinned(advantages, smallest, rng)
+    advantages = thin(advantages, config, version, train_cost)
     weights = token_weights(
         algo.loss_length,
         # all leases of a prompt carry the prompt's weight; it counts once
-        np.array([max(one.entry.lease.weight for one in merged) for merged in prompts]),
-        [np.concatenate([one.lengths[one.trained] for one in merged]) for merged in prompts],
+        np.array([max(x.entry.lease.weight for x in prompt_leases) for prompt_leases in prompts]),
+        [np.concatenate([x.lengths[x.trained] for x in prompt_leases]) for prompt_leases in prompts],
         limit,
     )
     result = []
-    for merged, group_advantages, group_weights in zip(prompts, advantages, weights, strict=True):
-        seen, used = 0, 0  # rollouts of earlier leases of the prompt: in the baseline, trained
-        for one in merged:
-            rows = np.flatnonzero(one.trained)
-            own = group_advantages[seen : seen + int(one.baseline.sum())]
-            seen += len(own)
-            own_weights = group_weights[used : used + len(rows)]
-            used += len(rows)
+    for prompt_leases, prompt_advantages, prompt_weights in zip(prompts, advantages, weights, strict=True):
+        in_baseline, in_loss = 0, 0  # rollouts of the prompt's earlier leases
+        for leased in prompt_leases:
+            rows = np.flatnonzero(leased.trained)
+            lease_advantages = prompt_advantages[in_baseline : in_baseline + int(leased.baseline.sum())]
+            in_baseline += len(lease_advantages)
+            lease_weights = prompt_weights[in_loss : in_loss + len(rows)]
+            in_loss += len(rows)
             if len(rows):
-                result.append(_group(one, groups, rows, own[one.trained[one.baseline]], own_weights))
+                trained_advantages = lease_advantages[leased.trained[leased.baseline]]
+                result.append(_group(leased, groups, rows, trained_advantages, lease_weights))
     return tuple(result)
 
 
+def _first_in_baseline(prompt_leases: list[_Leased]) -> _Leased:
+    """The lease whose belief is the prior of the baseline: from before any rollout that enters it. That of a later
+    lease has counted pilots which are not trained, as evidence of their own."""
+    return next(leased for leased in prompt_leases if leased.baseline.any())
+
+
 def _group(
-    one: _Leased, groups: dict[int, VerifiedGroup], rows: np.ndarray, advantages: np.ndarray, weights: np.ndarray
+    leased: _Leased, groups: dict[int, VerifiedGroup], rows: np.ndarray, advantages: np.ndarray, weights: np.ndarray
 ) -> TrainingGroup:
-    summary, payload, _ = groups[one.entry.lease.lease_id]
+    summary, payload, _ = groups[leased.entry.lease.lease_id]
     return TrainingGroup(
-        lease_id=one.entry.lease.lease_id,
+        lease_id=leased.entry.lease.lease_id,
         payload=payload,
         rollout_index=rows.astype(np.int32),
-        rewards=np.asarray(one.entry.rewards, np.float32)[rows],  # the verifier's: classes of the statistics
+        rewards=np.asarray(leased.entry.rewards, np.float32)[rows],  # the verifier's: classes of the statistics
         advantages=advantages.astype(np.float32),
         weights=weights.astype(np.float32),
         prompt_tokens=summary.prompt_tokens,
-        completion_tokens=one.lengths[rows].astype(np.int32),
+        completion_tokens=leased.lengths[rows].astype(np.int32),
     )
 
 
-def _shaped_rewards(one: _Leased, max_new_tokens: int, penalty_tokens: int) -> np.ndarray:
+def _shaped_rewards(leased: _Leased, max_new_tokens: int, penalty_tokens: int) -> np.ndarray:
     """Rewards that enter the baseline, with the overlong penalty: float64 [number in the baseline]."""
-    penalty = overlong_penalty(one.lengths, max_new_tokens, penalty_tokens)
-    return (np.asarray(one.entry.rewards, np.float64) + penalty)[one.baseline]
+    penalty = overlong_penalty(leased.lengths, max_new_tokens, penalty_tokens)
+    return (np.asarray(leased.entry.rewards, np.float64) + penalty)[leased.baseline]

@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 
 from cures_ray.config import Config
+from cures_ray.learning.thinning import Bottleneck
 from cures_ray.loop.assemble import assemble
-from cures_ray.loop.bottleneck import Bottleneck
 from cures_ray.loop.ports import CanaryFailed, GeneratorPort, Observer, Ports, PromptSource, WorkerLost
 from cures_ray.loop.slots import Metrics, Slot, VerifiedGroup, failed_generation, longest_waiting, step_metrics
 from cures_ray.messages import (
@@ -214,13 +214,13 @@ class Driver:
             await self._finish_evaluation()  # it measures this version: weights may not change under it
             accounting = await self.ports.ledger.commit(replace(commit, gradient_statistics=report.gradient_statistics))
             accounting.check()
-            metrics = step_metrics(plan, groups, batch, report, accounting, step)
+            metrics = step_metrics(plan, groups, report, accounting, step)
             metrics |= self._measured(idle)
             self._bottleneck.observe(
                 generate_seconds=metrics["time/step_s"] - metrics["time/generator_idle_s"],
                 generated=sum(len(e.rewards) for e in plan.entries),
                 train_seconds=metrics.get("learner/seconds", 0.0),
-                computed=round(metrics["learner/computed_share"] * batch.rollouts),
+                computed=round(metrics.get("learner/computed_share", 0.0) * batch.rollouts),
             )
             last = step + 1 == self.config.trainer.steps
             if self._stopping or not last:

@@ -17,7 +17,6 @@ from cures_ray.messages import (
     Outcome,
     PayloadHandle,
     StepReport,
-    TrainingBatch,
     Verdict,
 )
 
@@ -91,7 +90,6 @@ def failed_generation(lease: Lease, version: int) -> tuple[GroupSummary, None, l
 def step_metrics(
     plan: BatchPlan,
     groups: dict[int, VerifiedGroup],
-    batch: TrainingBatch,
     report: StepReport,
     accounting: Accounting,
     version: int,
@@ -101,8 +99,6 @@ def step_metrics(
     valid = [e.rewards[~groups[e.lease.lease_id][2]] for e in plan.entries if e.lease.lease_id in groups]
     lag = _joined([version - s.min_version for s in summaries])
     metrics = {f"learner/{k}": v for k, v in report.metrics.items()}
-    advantages = np.concatenate([g.advantages for g in batch.groups]) if batch.groups else np.zeros(0)
-    metrics["learner/computed_share"] = float((advantages != 0).mean()) if len(advantages) else 0.0
     # names with a section of their own keep it: belief/...
     metrics |= {k if "/" in k else f"curriculum/{k}": v for k, v in plan.metrics.items()}
     metrics |= {

@@ -6,104 +6,22 @@ plain autograd over the whole batch at once.
 
 import asyncio
 import os
+import resource
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import ray
 import torch
+from learner_world import CANARY, TEMPERATURE, World
 from safetensors.torch import load_file
-from tiny_model import write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.learner import LearnerGroup
 from benchmarks.inprocess.costs import Costs
 from benchmarks.inprocess.local_learner import LocalLearner
-from cures_ray.config import Config
-from cures_ray.messages import ConfigError, Rollout, RolloutGroup, RunError, TrainingBatch, TrainingGroup
+from cures_ray.messages import CheckpointFailed, ConfigError, PayloadsLost, RunError, TrainingBatch
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
-CANARY = [np.arange(3, 20), np.arange(30, 12, -1)]
-TEMPERATURE = 0.8
-
-
-class World:
-    """Both groups, a model, two batches; ``build`` gives a group new settings without new processes."""
-
-    def __init__(self, folder) -> None:
-        self.folder, self.model = folder, write_tiny_model(folder / "model", scale=0.15)
-        self.groups = {n: LearnerGroup(self.config(n), [{"num_cpus": 0.5}] * n) for n in (1, 2)}
-        self.batches = [make_batch(step) for step in range(2)]
-
-    def config(self, ranks=1, *, algo=None, sigma="last_layer", **learner) -> Config:
-        return Config.model_validate(
-            {
-                "model": {"path": str(self.model)},
-                "rollout": {"max_new_tokens": 40, "temperature": TEMPERATURE},
-                "algo": algo or {},
-                "curriculum": {"sigma": sigma},
-                "trainer": {"steps": 10, "no_progress_timeout_s": 60.0},
-                "learner": {
-                    "num_ranks": ranks,
-                    "dtype": "float32",
-                    "lr": 1e-3,
-                    "max_tokens_per_rank": 200,
-                    "weight_decay": 0.01,
-                    **learner,
-                },
-            }
-        )
-
-    async def start(self) -> None:
-        await asyncio.gather(*(g.start(self.folder / "shm", "shm", CANARY) for g in self.groups.values()))
-
-    def build(self, ranks=1, resume=None, **settings) -> LearnerGroup:
-        group = self.groups[ranks]
-        config = self.config(ranks, **settings)
-        asyncio.run(group.build(config, self.folder / f"shm{ranks}", "shm", CANARY, resume))
-        return group
-
-    def train(self, group, batches=None):
-        return [asyncio.run(group.train(b)) for b in (self.batches if batches is None else batches)]
-
-
-def make_batch(step: int) -> TrainingBatch:
-    rng = np.random.default_rng(step)
-    groups = []
-    for lease_id, n in enumerate([5, 1, 3, 8, 2]):
-        lengths, prompt = rng.integers(3, 30, n), int(rng.integers(4, 12))
-        rollouts = tuple(
-            Rollout(
-                token_ids=rng.integers(3, 50, length).astype(np.int32),
-                logprobs=(-4 + rng.normal(size=length)).astype(np.float32),
-                finish_reason="stop",
-                min_version=step,
-                max_version=step,
-                text="",
-            )
-            for length in lengths
-        )
-        payload = RolloutGroup(
-            lease_id=lease_id,
-            attempt=0,
-            prompt_token_ids=rng.integers(3, 50, prompt).astype(np.int32),
-            rollouts=rollouts,
-        )
-        index = np.flatnonzero(np.arange(n) != 1).astype(np.int32)  # rollout 1 of a group was a fault
-        k = len(index)
-        groups.append(
-            TrainingGroup(
-                lease_id=lease_id,
-                payload=ray.put(payload),
-                rollout_index=index,
-                rewards=(rng.random(k) < 0.5).astype(np.float32),
-                advantages=(np.zeros(k) if lease_id == 2 else rng.normal(size=k)).astype(np.float32),
-                weights=np.full(k, 1 / 5 / k / 20, np.float32),
-                prompt_tokens=prompt,
-                completion_tokens=lengths[index].astype(np.int32),
-            )
-        )
-    return TrainingBatch(step=step, groups=tuple(groups))
 
 
 def oracle(folder, batch):
@@ -138,6 +56,10 @@ def publish(group, version=1):
     return update, load_file(update.info["path"])
 
 
+def unwrapped(batches):
+    return [replace(b, groups=tuple(replace(g, payload=ray.get(g.payload)) for g in b.groups)) for b in batches]
+
+
 def test_loss_and_gradient_equal_plain_autograd_over_the_whole_batch(world):
     loss, norm = oracle(world.model, world.batches[0])
     algo = {"loss": "reinforce", "is_correction": "none"}
@@ -155,10 +77,7 @@ def test_the_benchmarks_learner_in_process_makes_the_same_updates(world):
     group = world.build(1, algo=algo, **settings)
     theirs = world.train(group)
     local = LocalLearner(world.config(1, algo=algo, **settings), Costs())
-    unwrapped = [
-        replace(b, groups=tuple(replace(g, payload=ray.get(g.payload)) for g in b.groups)) for b in world.batches
-    ]
-    ours = [asyncio.run(local.train(batch)) for batch in unwrapped]
+    ours = [asyncio.run(local.train(batch)) for batch in unwrapped(world.batches)]
     for a, b in zip(theirs, ours, strict=True):
         assert a.metrics["grad_norm"] == pytest.approx(b.metrics["grad_norm"], rel=1e-4)
         assert a.metrics["loss"] == pytest.approx(b.metrics["loss"], rel=1e-3, abs=1e-6)
@@ -263,27 +182,142 @@ def test_the_export_is_a_plain_hugging_face_folder(world, tmp_path, ranks, stage
     assert {"config.json", "model.safetensors", "generation_config.json"} <= set(os.listdir(tmp_path / "model"))
 
 
-def test_an_empty_batch_is_a_step_without_a_gradient(world):
-    group = world.build(2, zero_stage=2)
-    report = world.train(group, [TrainingBatch(step=0, groups=())])[0]
-    assert report.metrics["grad_norm"] == 0 and report.metrics["trained_tokens"] == 0
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (2, 3)])
+def test_a_batch_without_a_gradient_moves_no_weight_after_momentum_has_built_up(world, ranks, stage):
+    group = world.build(ranks, sigma="bernoulli", zero_stage=stage)
+    world.train(group)
+    before = publish(group, 1)[1]
+    zero = [replace(g, advantages=np.zeros_like(g.advantages)) for g in world.batches[0].groups]
+    for groups in (tuple(zero), ()):
+        metrics = world.train(group, [TrainingBatch(step=2, groups=groups)])[0].metrics
+        assert metrics["skipped"] == 1 and metrics["grad_norm"] == metrics["computed_tokens"] == 0
+    after = publish(group, 2)[1]
+    assert all(torch.equal(after[k], before[k]) for k in before)
+    assert world.train(group, world.batches[:1])[0].metrics["skipped"] == 0
+    assert any(not torch.equal(value, before[k]) for k, value in publish(group, 3)[1].items())
 
 
-def test_a_lost_payload_is_reported_by_all_ranks_and_trains_nothing(world):
+def test_mini_batches_are_the_same_on_both_learners(world):
+    algo = {"loss": "decoupled", "mini_batches": 3, "updates_per_batch": 2}
+    theirs = world.train(world.build(2, algo=algo, zero_stage=2), world.batches[:1])[0]
+    local = LocalLearner(world.config(1, algo=algo), Costs())
+    (batch,) = unwrapped(world.batches[:1])
+    ours = asyncio.run(local.train(batch))
+    assert theirs.metrics["updates"] == ours.metrics["updates"] == 6
+    for key in ("loss", "grad_norm", "clip_fraction", "entropy"):
+        assert theirs.metrics[key] == pytest.approx(ours.metrics[key], rel=0.02, abs=1e-4), key
+
+
+# -- LoRA ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ranks", "stage", "dtype"), [(1, 0, "float32"), (2, 2, "bfloat16"), (2, 3, "float32")])
+def test_what_is_published_with_lora_is_what_the_learner_trains(world, tmp_path, ranks, stage, dtype):
+    """Adapters that never arrive at the generators would leave the published tensors at the base model's."""
+    settings = {"lora": {"rank": 4, "alpha": 8}, "zero_stage": stage, "dtype": dtype, "lr": 2e-2}
+    group = world.build(ranks, **settings)
+    world.train(group)
+    update, published = publish(group)
+    base = AutoModelForCausalLM.from_pretrained(world.model, dtype=getattr(torch, dtype))
+    start = [canary_logprobs(base, ids) for ids in update.canary_token_ids]
+    assert set(published) == {n for n, _ in base.named_parameters()}
+    base.load_state_dict(published, strict=False)
+    tolerance = 1e-4 if dtype == "float32" else 0.2
+    for ids, logprobs, before in zip(update.canary_token_ids, update.canary_logprobs, start, strict=True):
+        assert logprobs == pytest.approx(canary_logprobs(base, ids), abs=tolerance)
+        assert np.abs(logprobs - before).max() > 3 * tolerance
+    asyncio.run(group.export(tmp_path / "model"))
+    asyncio.run(group.save(tmp_path))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=getattr(torch, dtype))
+    assert canary_logprobs(merged, CANARY[0]) == pytest.approx(update.canary_logprobs[0], abs=tolerance)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(tmp_path / "model" / "adapter"))
+    small = (tmp_path / "rank-0.safetensors").stat().st_size
+    assert small < (world.model / "model.safetensors").stat().st_size  # adapters and their moments only
+    onward = world.train(group, world.batches[:1])[0]
+    again = world.train(world.build(ranks, resume=tmp_path, **settings), world.batches[:1])[0]
+    assert again.metrics["loss"] == onward.metrics["loss"]
+    with pytest.raises(ConfigError, match="lora"):
+        world.build(ranks, resume=tmp_path, **settings | {"lora": None})
+
+
+def canary_logprobs(model, ids) -> np.ndarray:
+    row = torch.as_tensor(ids, dtype=torch.long)[None]
+    with torch.no_grad():
+        scores = torch.log_softmax(model(row).logits[0, :-1].float(), -1)
+    return scores.gather(1, row[0, 1:, None])[:, 0].numpy()
+
+
+# -- faults --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_checkpoint_of_two_ranks_resumes_on_one_and_back(world, tmp_path, stage):
+    two = world.build(2, zero_stage=stage)
+    world.train(two, world.batches[:1])
+    (tmp_path / "two").mkdir()
+    asyncio.run(two.save(tmp_path / "two"))
+    onward, weights = world.train(two, world.batches[1:])[0], publish(two)[1]
+    if stage == 3:
+        with pytest.raises(ConfigError, match="num_ranks is 2, this run has 1.*zero_stage 0 to 2"):
+            world.build(1, zero_stage=stage, resume=tmp_path / "two")
+        return
+    one = world.build(1, zero_stage=stage, resume=tmp_path / "two")
+    (tmp_path / "one").mkdir()
+    asyncio.run(one.save(tmp_path / "one"))
+    for group in (one, world.build(2, zero_stage=stage, resume=tmp_path / "one")):
+        report = world.train(group, world.batches[1:])[0]
+        assert report.metrics["loss"] == pytest.approx(onward.metrics["loss"], rel=1e-5)
+        resumed = publish(group)[1]
+        difference = torch.cat([(resumed[k] - weights[k]).abs().flatten() for k in weights])
+        assert difference.mean() < 1e-7 and difference.max() < 1e-4, stage  # Adam's moments came along
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_training_goes_on(world, tmp_path):
+    group = world.build(2)
+    world.train(group, world.batches[:1])
+    for rank in group.ranks:  # as a full disk: no file may grow beyond 1 KiB
+        ray.get(rank.__ray_call__.remote(lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, -1))))
+    try:
+        with pytest.raises(CheckpointFailed, match=r"rank \d could not write its checkpoint to .*checkpoint.dir"):
+            asyncio.run(group.save(tmp_path))
+    finally:
+        for rank in group.ranks:
+            ray.get(rank.__ray_call__.remote(lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))))
+    world.train(group, world.batches[1:])
+    asyncio.run(group.save(tmp_path))
+    assert (tmp_path / "rank-1.safetensors").exists()
+
+
+def test_lost_payloads_are_named_by_all_ranks_and_nothing_is_trained(world):
     @ray.remote(max_retries=0)
     def lost():
         raise RuntimeError("gone")
 
     group = world.build(2)
-    good = world.batches[0]
-    broken = replace(good.groups[0], payload=lost.remote())
-    with pytest.raises(RunError, match="payloads of the batch are lost"):
-        world.train(group, [TrainingBatch(step=0, groups=(broken, *good.groups[1:]))])
+    before, good = publish(group)[1], world.batches[0]
+    broken = tuple(replace(g, payload=lost.remote()) if g.lease_id in (0, 3) else g for g in good.groups)
+    with pytest.raises(PayloadsLost, match=r"leases \[0, 3\] are lost .*gone") as error:
+        world.train(group, [replace(good, groups=broken)])
+    assert error.value.lease_ids == (0, 3)
+    after = publish(group, 2)[1]
+    assert all(torch.equal(after[k], before[k]) for k in before)
     assert world.train(group, [good])[0].metrics["grad_norm"] > 0  # the ranks still agree
 
 
-def test_a_dead_rank_ends_the_step_and_is_named(world):
-    group = world.build(2)
+def test_a_dead_rank_is_named_and_the_group_starts_again_from_its_checkpoint(world, tmp_path):
+    group = world.build(2, zero_stage=2)
+    world.train(group, world.batches[:1])
+    asyncio.run(group.save(tmp_path))
+    onward, weights = world.train(group, world.batches[1:])[0], publish(group, 1)[1]
+    dead = list(group.ranks)
     ray.kill(group.ranks[1])
     with pytest.raises(RunError, match="learner rank 1 died during train"):
         world.train(group, world.batches[:1])
+    asyncio.run(group.restart(tmp_path))
+    assert not set(dead) & set(group.ranks)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(dead[0].address.remote(), timeout=30)  # the living rank was ended too
+    again = world.train(group, world.batches[1:])[0]
+    assert again.metrics["loss"] == onward.metrics["loss"]
+    resumed = publish(group, 2)[1]
+    assert all(torch.equal(resumed[k], weights[k]) for k in weights)

@@ -206,7 +206,8 @@ class FakeLearner:
         self.batches.append(batch)
         await asyncio.sleep(self.seconds)
         self.active_while_training.append(sum(g.active for g in self.fleet.generators()))
-        return StepReport(step=batch.step, metrics={"loss": 0.0})
+        nonzero = sum(int((g.advantages != 0).sum()) for g in batch.groups)
+        return StepReport(step=batch.step, metrics={"loss": 0.0, "computed_share": nonzero / max(batch.rollouts, 1)})
 
     async def publish(self, version: int) -> WeightUpdate:
         return WeightUpdate(version=version, info={}, canary_token_ids=(), canary_logprobs=())

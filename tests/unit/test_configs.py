@@ -42,7 +42,7 @@ def test_the_two_node_config_spreads_sixteen_gpus():
 def test_the_demo_is_asynchronous_and_uses_the_curriculum():
     config = load_config(next(p for p in CONFIGS if p.stem == "demo"))
     assert config.async_rl.max_staleness >= 1 and config.curriculum.method == "cures"
-    cpus = config.placement.generator_cpus + config.placement.verifier_cpus + config.learner.cpus_per_rank
+    cpus = config.placement.generator_cpus + config.placement.verifier_cpus + config.learner.logical_cpus
     assert cpus <= 2  # the machine has two cores
 
 

@@ -64,7 +64,7 @@ def spec(bases: Path, label: str, seed: int = 0, budget: int = 256, **extra) -> 
 
 def sampler_of(bases: Path) -> tuple[Sampler, RowCache]:
     inputs = prepare_inputs(config_of(spec(bases, "grpo"), Path("unused")), claim_run_dir=False, test_verifier=False)
-    from actors.deepspeed_engine import load_model
+    from cures_ray.learning.policy import load_model
 
     return Sampler(load_model(inputs.config), inputs.tokenizer, 1.0, 12), RowCache(inputs.train)
 

@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 
-from cures_ray.learning.packing import Row, collate, pack
+from cures_ray.learning.packing import PackingPlan, Row, collate, pack
 
 TOKENS = np.random.default_rng(0).integers(5, 200, size=157)
+
+
+def balance(plan: PackingPlan) -> float:
+    """Tokens of the mean rank / tokens of the busiest."""
+    loads = [sum(int(TOKENS[rows].sum()) for rows in rank) for rank in plan.micro_batches]
+    return float(np.mean(loads) / max(loads))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -23,7 +29,7 @@ def test_all_ranks_have_the_same_number_of_micro_batches():
 
 
 def test_the_plan_is_deterministic_and_balanced():
-    assert pack(TOKENS, 2, 512).balance(TOKENS) > 0.99
+    assert balance(pack(TOKENS, 2, 512)) > 0.99
     again = pack(TOKENS.copy(), 2, 512).micro_batches
     for a, b in zip(pack(TOKENS, 2, 512).micro_batches, again, strict=True):
         assert [x.tolist() for x in a] == [x.tolist() for x in b]
@@ -34,7 +40,7 @@ def test_rows_that_belong_together_share_a_rank():
     plan = pack(TOKENS, 3, 512, together=lease)
     homes = [set(lease[np.concatenate(rank)]) for rank in plan.micro_batches]
     assert sum(len(h) for h in homes) == len(set(lease))
-    assert plan.balance(TOKENS) > 0.8
+    assert balance(plan) > 0.8
 
 
 def test_a_row_longer_than_the_budget_goes_alone():

@@ -6,7 +6,8 @@ import pytest
 from benchmarks.harness.arms import nested
 from cures_ray.config import Config
 from cures_ray.curriculum.pool import PromptPool
-from cures_ray.learning.advantages import SMALLEST_STD, compute_advantages, thinned
+from cures_ray.learning.advantages import SMALLEST_STD, compute_advantages
+from cures_ray.learning.thinning import thinned
 
 ALPHA, BETA = np.array([1.0, 6.0, 0.2]), np.array([3.0, 2.0, 19.8])
 REWARDS = [np.array([1.0]), np.array([0.0, 1.0]), np.array([1.0])]

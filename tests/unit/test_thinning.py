@@ -7,8 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from cures_ray.config import AlgoConfig
-from cures_ray.learning.advantages import thinned, thinning_level
-from cures_ray.loop.bottleneck import WARMUP_STEPS, Bottleneck
+from cures_ray.learning.thinning import WARMUP_STEPS, Bottleneck, thinned, thinning_level
 
 
 def advantages(count: int = 4000) -> list[np.ndarray]:
