@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cures_ray.config import Config
 from cures_ray.learning.policy import Policy, make_optimizer, parameter_groups
-from cures_ray.messages import CheckpointFailed, ConfigError
+from cures_ray.messages import CheckpointError, ConfigError
 
 FORMAT = 2
 
@@ -97,7 +97,7 @@ def save_state(engine: DeepSpeedEngine, folder: Path) -> None:
     """Write this rank's share of the training state; rank 0 also writes ``learner.json``.
 
     Raises:
-        CheckpointFailed: the folder cannot be written.
+        CheckpointError: the folder cannot be written.
     """
     tensors = {"rng_cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -113,7 +113,7 @@ def save_state(engine: DeepSpeedEngine, folder: Path) -> None:
         if engine.rank == 0:
             (folder / "learner.json").write_text(json.dumps(_header(engine), indent=1))
     except (OSError, SafetensorError) as error:
-        raise CheckpointFailed(
+        raise CheckpointError(
             f"learner rank {engine.rank} could not write its checkpoint to {folder}: {error}; free space there, or "
             f"choose another checkpoint.dir"
         ) from error
@@ -136,7 +136,9 @@ def load_state(engine: DeepSpeedEngine, folder: Path) -> None:
                 + ", or start a new run from an exported model"
             )
     masters, state = _masters(engine.policy), _inner(engine.policy).state
-    ranks = [engine.rank] if saved_ranks == engine.ranks else [0] if stage == 0 else list(range(saved_ranks))
+    same_ranks = saved_ranks == engine.ranks
+    sliced = stage > 0 and not same_ranks
+    ranks = list(range(saved_ranks)) if sliced else [engine.rank if same_ranks else 0]
     with ExitStack() as open_files, torch.no_grad():
         files = [open_files.enter_context(safe_open(folder / f"rank-{r}.safetensors", framework="pt")) for r in ranks]
         names = set(files[0].keys())
@@ -145,7 +147,8 @@ def load_state(engine: DeepSpeedEngine, folder: Path) -> None:
         sizes = _sizes(engine)
         for i, master in enumerate(masters):
             keys = sorted(n.removeprefix(f"{i}.") for n in names if n.startswith(f"{i}."))
-            own = {k: _own_part([f.get_tensor(f"{i}.{k}") for f in files], master, sizes[i], engine) for k in keys}
+            values = {k: [f.get_tensor(f"{i}.{k}") for f in files] for k in keys}
+            own = {k: _slice(v, master, sizes[i], engine) if sliced else v[0] for k, v in values.items()}
             saved = own.pop("master")
             if saved.shape != master.shape:
                 raise ConfigError(
@@ -162,10 +165,10 @@ def load_state(engine: DeepSpeedEngine, folder: Path) -> None:
     _masters_to_model(engine.policy)
 
 
-def _own_part(parts: list[Tensor], master: Tensor, size: int, engine: DeepSpeedEngine) -> Tensor:
-    """Of a tensor saved by ``parts`` ranks, what this rank holds: one part as it is (a step count too), several as one
-    flat tensor of ``size`` values and padding, cut again."""
-    if len(parts) == 1 or parts[0].dim() == 0:
+def _slice(parts: list[Tensor], master: Tensor, size: int, engine: DeepSpeedEngine) -> Tensor:
+    """This rank's slice of a flat tensor that other ranks saved in ``parts``: ``size`` values, then padding. A step
+    count is everybody's."""
+    if parts[0].dim() == 0:
         return parts[0]
     whole = torch.cat(parts)[:size]
     mine = whole[engine.rank * master.numel() : (engine.rank + 1) * master.numel()]

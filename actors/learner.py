@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from safetensors import SafetensorError
 
 from actors.learner_rank import LearnerRank
 from cures_ray.config import Config
-from cures_ray.messages import CheckpointError, RunError, StepReport, TrainingBatch, WeightUpdate
+from cures_ray.messages import RunError, StepReport, TrainingBatch, WeightUpdate
 
 START_SECONDS = 600.0  # imports, rendezvous, loading a model
 
@@ -144,6 +143,4 @@ def _blame(method: str, failures: list[tuple[int, BaseException | None]]) -> Exc
     if known:
         return max(known, key=lambda cause: len(str(cause)))  # the rank that saw the reason says more
     rank, cause = causes[0]
-    unwritten = method == "save" and isinstance(cause, (OSError, SafetensorError))
-    kind = CheckpointError if unwritten else RunError
-    return kind(f"learner rank {rank} failed in {method}: {type(cause).__name__}: {cause}")
+    return RunError(f"learner rank {rank} failed in {method}: {type(cause).__name__}: {cause}")

@@ -175,7 +175,7 @@ class LearnerRank:
         """This rank's share of model and optimizer into ``folder``, on a file system that all ranks share.
 
         Raises:
-            CheckpointFailed: the folder cannot be written.
+            CheckpointError: the folder cannot be written.
         """
         from actors.deepspeed_engine import save_state
 
@@ -225,5 +225,6 @@ def _fetch_each(refs: dict[int, Any]) -> tuple[dict[int, RolloutGroup], dict[int
         try:
             found[lease] = ray.get(ref, timeout=max(1.0, deadline - time.monotonic()))
         except (ray.exceptions.RayError, TimeoutError) as error:
-            lost[lease] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+            lost[lease] = f"{type(cause).__name__}: {str(cause).splitlines()[0]}"
     return found, lost

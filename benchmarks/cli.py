@@ -20,6 +20,7 @@ BENCHMARKS = {  # subcommand -> (module with main(argv), or module:function; wha
     "ledger-scale": ("benchmarks.micro.ledger_scale", "the curriculum at up to a million prompts"),
     "verifier": ("benchmarks.micro.verifier", "verdicts per second"),
     "weight-sync": ("benchmarks.micro.weight_sync", "weights from the learner to the generators"),
+    "lora": ("benchmarks.micro.lora", "memory and seconds of LoRA against full training"),
     "gradient-stats": ("benchmarks.micro.gradient_stats", "cost of the output-layer statistics"),
 }
 

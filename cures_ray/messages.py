@@ -311,10 +311,6 @@ class ConfigError(RunError):
     """Bad configuration, data or environment, found before any actor starts."""
 
 
-class CheckpointFailed(RunError):
-    """A checkpoint could not be written (a full disk, a lost mount). Nothing else is lost: training can go on."""
-
-
 class PayloadsLost(RunError):
     """Payloads of a batch are gone with the process that held them. Nothing was updated: their leases can be given
     back and the step repeated without them."""

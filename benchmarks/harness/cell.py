@@ -216,7 +216,7 @@ def full_marks(steps: list[dict[str, float]]) -> list[dict[str, float]]:
         totals["seconds"] += line["time/step_s"]
         for name, key in (("trained_tokens",) * 2, ("computed_tokens",) * 2, ("learner_flops", "flops")):
             totals[name] += line.get(f"learner/{key}", 0.0)
-        updates += "learner/skipped" not in line
+        updates += int(line.get("learner/updates", 0.0))
         marks.append(
             {
                 "version": float(line["step"]),

@@ -51,12 +51,12 @@ def write_model(folder: Path, vocabulary: int, width: int, layers: int) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def make_batch(step: int, vocabulary: int, rollouts: int, each: int = 8) -> TrainingBatch:
-    """``rollouts`` completions of about 50 tokens after prompts of 20, in groups of ``each``."""
+def make_batch(step: int, vocabulary: int, rollouts: int, each: int = 8, tokens: int = 50) -> TrainingBatch:
+    """``rollouts`` completions of about ``tokens`` tokens after prompts of 20, in groups of ``each``."""
     rng = np.random.default_rng(step)
     groups = []
     for lease_id in range(rollouts // each):
-        lengths = rng.integers(30, 71, each)
+        lengths = rng.integers(tokens * 3 // 5, tokens * 7 // 5 + 1, each)
         members = tuple(
             Rollout(
                 token_ids=rng.integers(0, vocabulary, n).astype(np.int32),
@@ -76,7 +76,7 @@ def make_batch(step: int, vocabulary: int, rollouts: int, each: int = 8) -> Trai
                 rollout_index=np.arange(each, dtype=np.int32),
                 rewards=(rng.random(each) < 0.5).astype(np.float32),
                 advantages=rng.normal(size=each).astype(np.float32),
-                weights=np.full(each, 1 / rollouts / 70, np.float32),
+                weights=np.full(each, 1 / rollouts / (1.4 * tokens), np.float32),
                 prompt_tokens=20,
                 completion_tokens=lengths.astype(np.int32),
             )

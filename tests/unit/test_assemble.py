@@ -158,3 +158,22 @@ def test_trained_pilots_share_the_belief_from_before_them():
     pilots, rest = entry(1, [0, 0], reason=Discard.PILOT), entry(2, [1], alpha=1.0, beta=3.0)
     batch, _ = run([pilots, rest], {1: group(1, 2), 2: group(2, 1)}, advantage="posterior_loo")
     assert batch.groups[1].advantages == pytest.approx([1 - 1 / 4])  # (1 + 0) / (2 + 3 - 1)
+
+
+@pytest.mark.parametrize(
+    ("kl_coef", "sigma", "thins"), [(0.1, "bernoulli", False), (0.0, "last_layer", False), (0.0, "bernoulli", True)]
+)
+def test_thinning_does_nothing_where_the_learner_computes_every_rollout(kl_coef, sigma, thins):
+    """A KL term or last-layer statistics need all of them: thinning would save nothing and add variance."""
+    prompts = [chr(97 + i) for i in range(26)]
+    entries = [entry(i, [i % 3 == 0], prompt=p, alpha=1.0 + i, beta=9.0) for i, p in enumerate(prompts)]
+    plan = BatchPlan(batch=3, prompts=26, entries=tuple(entries), metrics={})
+    groups = {i: group(i, 1) for i in range(26)}
+
+    def advantages(min_advantage: float, train_cost: float | None) -> np.ndarray:
+        setting = config(advantage="posterior_std", min_advantage=min_advantage, kl_coef=kl_coef)
+        setting.curriculum.sigma = sigma
+        return np.concatenate([g.advantages for g in assemble(plan, groups, setting, 3, train_cost)[0].groups])
+
+    whole = advantages(0.0, None)
+    assert (advantages(5.0, None) != whole).any() == (advantages(0.0, 1000.0) != whole).any() == thins

@@ -250,8 +250,10 @@ def test_costs_of_the_full_system_are_read_from_its_log():
         "learner/flops": 5.0,
         "learner/trained_tokens": 7.0,
         "learner/computed_tokens": 9.0,
+        "learner/updates": 1.0,
     }
-    marks = full_marks([line, line | {"step": 2, "accounting/planned": 128, "learner/skipped": 1.0}])
+    idle = {"learner/updates": 0.0, "learner/skipped": 1.0}
+    marks = full_marks([line, line | {"step": 2, "accounting/planned": 128} | idle])
     curve = join_curve(marks, [(0, {"eval/greedy_accuracy": 0.1}), (2, {"eval/greedy_accuracy": 0.4})])
     assert curve[0]["rollouts"] == 0 and curve[0]["sampled"] == 0.1
     last = curve[1]

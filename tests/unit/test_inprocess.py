@@ -81,7 +81,8 @@ def test_two_methods_on_two_seeds_keep_the_harness_alive(bases, tmp_path):
     for record in records:
         account, end = record["accounting"], record["curve"][-1]
         assert account["planned"] == account["trained"] + sum(account["discarded"].values()) == 256
-        assert (end["rollouts"], end["optimizer_steps"]) == (256, 4)
+        updates = sum(step["learner/grad_norm"] > 0 for step in record["steps"])  # no mixed group: no update
+        assert (end["rollouts"], end["optimizer_steps"]) == (256, updates) and 2 <= updates <= 4
         assert end["generated_tokens"] > 256 and end["learner_flops"] > 0 and end["seconds"] > 0
         assert record["curve"][0]["rollouts"] == 0
         json.dumps(record)
