@@ -267,6 +267,8 @@ class Config(Section):
                 f"unsatisfiable batch: prompts_per_step x n_max = {m} x {c.n_max} = {m * c.n_max} rollouts is "
                 f"less than rollouts_per_step = {n}; raise n_max to {-(-n // m)} or more"
             )
+        if a.mini_batches > m:
+            raise ValueError(f"algo.mini_batches = {a.mini_batches} is more than prompts_per_step = {m}; lower it")
         needs_pair = a.advantage in ("grpo", "rloo", "dr_grpo", "reinforce_pp_baseline")
         smallest = n // m if c.method == "uniform" or c.allocation == "uniform" else c.n_min
         if needs_pair and smallest < 2:

@@ -1,6 +1,6 @@
 """LoRA against full training of the same model on the same batches: seconds, memory, checkpoint size.
 
-    python -m benchmarks.micro.lora --model FOLDER [--rank 16] [--steps 5] [--rollouts 64] [--tokens 60] [--dtype bfloat16]
+    python -m benchmarks.micro.lora --model FOLDER [--rank 16] [--steps 5] [--rollouts 64] [--dtype bfloat16]
 
 One learner rank each (DeepSpeed ZeRO 1 on Ray, ``learner.cpus_per_rank`` auto), first one, then the other, each in
 processes of its own. Per step: the optimizer step, publishing the weights. The first step of each warms up. Memory is

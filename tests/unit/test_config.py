@@ -87,3 +87,15 @@ def test_a_missing_or_unparsable_file_is_explained(tmp_path):
 def test_every_key_has_one_section_and_a_default():
     assert len(known_keys()) == len(set(known_keys())) > 100
     assert Config().curriculum.method == "cures"
+
+
+def test_more_mini_batches_than_prompts_are_refused():
+    with pytest.raises(ValidationError, match="mini_batches = 5 is more than prompts_per_step = 4"):
+        Config.model_validate({"curriculum": {"prompts_per_step": 4}, "algo": {"mini_batches": 5}})
+
+
+@pytest.mark.parametrize("cpus", [0, -1, "all"])
+def test_cpus_of_a_learner_rank_are_a_number_or_auto(cpus):
+    with pytest.raises(ValidationError, match="cpus_per_rank"):
+        Config.model_validate({"learner": {"cpus_per_rank": cpus}})
+    assert Config().learner.logical_cpus == 1.0
