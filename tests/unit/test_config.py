@@ -1,4 +1,5 @@
 import pytest
+from pydantic import ValidationError
 
 from cures_ray.config import Config
 from cures_ray.config_load import known_keys, load_config
