@@ -92,7 +92,7 @@ def test_every_key_has_one_section_and_a_default():
 
 def test_more_mini_batches_than_prompts_are_refused():
     with pytest.raises(ValidationError, match="mini_batches = 5 is more than prompts_per_step = 4"):
-        Config.model_validate({"curriculum": {"prompts_per_step": 4}, "algo": {"mini_batches": 5}})
+        Config.model_validate({"curriculum": {"prompts_per_step": 4, "n_max": 64}, "algo": {"mini_batches": 5}})
 
 
 @pytest.mark.parametrize("cpus", [0, -1, "all"])
