@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from cures_ray.data.table import last_boxed
+from cures_ray.boxes import last_box
 from cures_ray.messages import Outcome, PromptRow, RolloutGroup, Verdict
 
 Judge = Callable[[str, PromptRow], float]  # (completion, prompt) -> reward
@@ -26,7 +26,7 @@ FUNCTION = re.compile(r"def f\(x\): return (\[[-+*%()x0-9, ]*\])")
 
 def chain(completion: str, prompt: PromptRow) -> float:
     """The last box holds the integer of the answer, leading zeros aside."""
-    boxed = last_boxed(completion)
+    boxed = last_box(completion)
     if boxed is None or not boxed.isdecimal():
         return 0.0
     return float(boxed == prompt.answer or int(boxed) == int(prompt.answer))

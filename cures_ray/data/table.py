@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cures_ray.boxes import final_answer
 from cures_ray.config import Config, DataConfig, ModelConfig
 from cures_ray.data.embeddings import prompt_embeddings
 from cures_ray.data.features import prompt_features
@@ -206,20 +207,6 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
-def last_boxed(text: str) -> str | None:
-    """The content of the last ``\\boxed{...}`` with balanced braces, or None."""
-    for opener in ("\\boxed{", "\\framebox{", "\\fbox{"):
-        start = text.rfind(opener)
-        if start < 0:
-            continue
-        depth, begin = 1, start + len(opener)
-        for i in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[begin:i]
-    return None
-
-
 def _find(table: pa.Table, key: str, alternatives: tuple[str, ...], what: str, source: str, which: str) -> str:
     """The column that holds the prompt or the answer: ``key``, dotted keys included, or a usual name."""
     if key.split(".")[0] in table.column_names:
@@ -236,7 +223,7 @@ def _find(table: pa.Table, key: str, alternatives: tuple[str, ...], what: str, s
 
 
 def _golds(table: pa.Table, key: str, source: str) -> list[str]:
-    """One gold per row. A worked solution is cut to its last box; a reward_model column to its ground_truth."""
+    """One gold per row. A worked solution is cut to its final answer; a reward_model column to its ground_truth."""
     out = []
     for number, value in enumerate(table[key.split(".")[0]].to_pylist(), 1):
         for part in key.split(".")[1:] or ["ground_truth"]:
@@ -246,9 +233,7 @@ def _golds(table: pa.Table, key: str, source: str) -> list[str]:
         if value is None:
             raise ConfigError(f"{source}, row {number}: {key} has no answer; every prompt needs a gold")
         text = value if isinstance(value, str) else json.dumps(value)
-        if "boxed{" in text or "box{" in text:
-            text = last_boxed(text) or text
-        out.append(text.strip())
+        out.append(final_answer(text).strip())
     return out
 
 

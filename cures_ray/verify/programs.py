@@ -34,8 +34,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from cures_ray.boxes import last_box
 from cures_ray.messages import Verdict
-from cures_ray.verify.mathematics import correct, extract_boxed, fault, incorrect
+from cures_ray.verify.mathematics import correct, fault, incorrect
 
 CPU_SHARE = 0.3  # of the wall limit of an item: a loop ends by processor time also on a busy machine
 WALL_SHARE = 0.9
@@ -84,7 +85,7 @@ def extract_code(completion: str) -> str | None:
     """The program of a completion, by the rule at the top of this file."""
     if blocks := FENCE.findall(completion):
         return blocks[-1]
-    if (boxed := extract_boxed(completion)) is not None:
+    if (boxed := last_box(completion)) is not None:
         return boxed.strip().removeprefix("\\text{").strip("$ ")
     if match := PROGRAM_START.search(completion):
         return completion[match.start() :]

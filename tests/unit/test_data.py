@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cures_ray.config import DataConfig, ModelConfig
-from cures_ray.data.table import check_disjoint, last_boxed, load_prompts, load_tokenizer
+from cures_ray.data.table import check_disjoint, load_prompts, load_tokenizer
 from cures_ray.messages import ConfigError
 from cures_ray.synthetic.base_model import build_tokenizer
 
@@ -83,7 +83,6 @@ def test_the_last_box_of_a_worked_solution_is_the_gold(tmp_path, tokenizer):
     assert load(tokenizer, jsonl(tmp_path, rows)).row(0).answer == "\\frac{1}{2}"
     rows = [{"question": "p", "solution": "it is \\framebox{204} minutes"}]
     assert load(tokenizer, jsonl(tmp_path, rows)).row(0).answer == "204"
-    assert last_boxed("no box") is None and last_boxed("\\boxed{open") is None
 
 
 def test_ids_depend_on_content_and_not_on_position(tmp_path, tokenizer):

@@ -1,9 +1,12 @@
 r"""The rules of the mathematical verifier, in this process (no hostile input here: see test_verify_pool)."""
 
+import time
+
 import pytest
 
+from cures_ray.boxes import final_answer, last_box
 from cures_ray.messages import Outcome
-from cures_ray.verify.mathematics import GoldError, extract_boxed, printable, read_gold, verify_math
+from cures_ray.verify.mathematics import GoldError, printable, read_gold, verify_math
 
 
 def outcome(gold: str, answer: str) -> str:
@@ -22,13 +25,34 @@ def outcome(gold: str, answer: str) -> str:
         (r"\fbox{8}", "8"),
         (r"\boxed{}", ""),
         (r"\boxed{5} and then \boxed{6", None),
-        (r"\boxed5", None),
+        (r"\boxed5", "5"),
+        (r"\boxed -12$.", "-12"),
+        (r"\boxedx{5}", None),
+        (r"\framebox{204} minutes", "204"),
+        (r"\boxed{2}, \boxed{3} and \boxed{2}", "2, 3"),
+        (r"$\boxed{(2, 2)} \quad \text{and} \quad \boxed{(6, 2)}$", "(2, 2), (6, 2)"),
+        (r"\(x = \boxed{2}\) and \(y = \boxed{3}\).", "2, 3"),
+        ("\\boxed{5}\n\n**\\boxed{5}**", "5"),
+        (r"\boxed{2} papers, \boxed{3} bins", "3"),
+        (r"\boxed{2}. \boxed{3}", "3"),
         ("no box", None),
         ("", None),
     ],
 )
 def test_the_last_box_counts(text, content):
-    assert extract_boxed(text) == content
+    assert last_box(text) == content
+
+
+def test_looking_for_a_box_takes_linear_time():
+    for text in ("\\boxed{" * 50_000, "\\boxed{1} " * 50_000, "\\boxed{1}" + " " * 100_000 + "\\boxed{1}"):
+        last_box(text)  # quadratic: minutes
+
+
+def test_the_gold_of_a_worked_solution():
+    assert final_answer("3 + 4 = 7\n#### 7 ") == "7"
+    assert final_answer(r"so \boxed{7}" + "\n#### 8") == "7"
+    assert final_answer("7") == "7"
+    assert final_answer("#### \n") == "#### \n"
 
 
 SAME = [
@@ -78,6 +102,55 @@ SAME = [
     ("72", "72"),
     ("the steps ... #### 72", "72"),
     (r"worked: \boxed{72}", "72"),
+    # matrices: row breaks, their lengths, environments
+    (r"\begin{pmatrix} 2 \\ 3 \end{pmatrix}", r"\begin{pmatrix}2\\3\end{pmatrix}"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\[2pt] 3 & 4 \\ \end{pmatrix}"),
+    (r"\begin{pmatrix} 1 & 2 \end{pmatrix}", r"\left[\begin{array}{cc} 1 & 2 \end{array}\right]"),
+    (r"\begin{pmatrix} 1/2 \\ x+1 \end{pmatrix}", r"\begin{bmatrix} \frac{2}{4} \\ 1+x \end{bmatrix}"),
+    (r"\begin{pmatrix} 1 & \phantom -1 \end{pmatrix}", r"\begin{pmatrix} 1 & 1 \end{pmatrix}"),
+    # thousands
+    (r"3,\!250", "3250"),
+    (r"3,\!250", "3,250"),
+    ("33,800,000", r"33{,}800{,}000"),
+    (r"\dfrac{1}{29,\!322,\!216}", r"\frac{1}{29322216}"),
+    ("1000", "1 000"),
+    ("2,600", "2600"),
+    # lists
+    ("19, 46, and 82", r"82, 19 \text{ and } 46"),
+    ("5 or 9", "5or9"),
+    ("(1,2), (3,4)", r"\left(3,4\right) \text{ and } (1,2)"),
+    (r"x_1=2,\quad x_2=3", "2, 3"),
+    (r"E_{1},E_{2}", "E_2, E_1"),
+    # golds that math-verify cannot read
+    (r"\{x|-2\leq x < 1\}", r"\{x \mid -2 \le x<1\}"),
+    (r"\{x|x=3k,k\in \mathbb{Z}\}", r"\{x|x=3k, k\in\mathbb{Z}\}"),
+    ("b > a > c", "c<a<b"),
+    (r"m_{\max }=n^{2}-n-1", r"m_{\max}=n^2-n-1"),
+    # sets, intervals, assignments
+    (r"\{x|-2\leq x < 1\}", "[-2,1)"),
+    ("-2 < x < 1", "(-2, 1)"),
+    ("(p,q)=(3,2)", "(3,2)"),
+    ("2x+4y-3=0", r"y=-\frac{1}{2}x+\frac{3}{4}"),
+    ("5", "x = 2+3 = 5"),
+    # units, multiples, bases
+    (r"4\text{ million}", "4000000"),
+    ("4 million dollars", r"\$4{,}000{,}000"),
+    (r"15\mbox{ cm}^2", "15"),
+    ("35 cm^2", "35"),
+    ("20^\\circ\\text{C}", "20"),
+    ("204_5", "204"),
+    ("204_5", "204_{5}"),
+    ("28\\%", "28 percent"),
+    # decimals
+    ("123456.9", "123456.90"),
+    (r"\frac{2}{3}", "0.666666"),
+    (r"\frac{2}{3}", "0.666667"),
+    ("-1./3", r"-\frac13"),
+    ("np.arcsin(10/13)", r"\arcsin\frac{10}{13}"),
+    # expressions
+    (r"10^{\frac{-5+\sqrt{13}}{6}}", r"10^{\frac{\sqrt{13}-5}{6}}"),
+    (r"\sin^2 x", r"1-\cos^2 x"),
+    (r"\\left(\\frac{1}{5},2\\right)", r"(\frac15, 2)"),
 ]
 
 
@@ -112,6 +185,33 @@ DIFFERENT = [
     ("3", ""),
     ("3", r"\frac{1}{"),
     ("3", "a longer text, not an answer " * 50),
+    (r"\begin{pmatrix} 2 \\ 3 \end{pmatrix}", r"\begin{pmatrix} 3 \\ 2 \end{pmatrix}"),
+    (r"\begin{pmatrix} 2 \\ 3 \end{pmatrix}", r"\begin{pmatrix} 2 & 3 \end{pmatrix}"),
+    (r"\begin{pmatrix} 2 \\ 3 \end{pmatrix}", r"\begin{pmatrix} 23 \end{pmatrix}"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\[2pt] 3 \end{pmatrix}"),
+    ("12", "1 2"),
+    ("1234", "1, 234"),
+    ("123", r"12\,3"),
+    ("4", r"4\text{ or 3}"),
+    ("4", "4 or 3"),
+    ("4", "4 million"),
+    ("4", r"4 \text{ million}"),
+    ("3", r"3 \text{ is wrong}"),
+    ("3", "3 is wrong"),
+    ("3", r"3 \text{ or maybe 4}"),
+    ("123456.9", "123456.5"),
+    (r"\frac{1234569}{10}", "123456.5"),
+    ("204_6", "204_5"),
+    ("204_6", "76"),
+    ("19, 46, and 82", "21, 36, and 82"),
+    ("b > a > c", "b > c > a"),
+    ("b > a > c", "7"),
+    (r"\{x|x=3k,k\in \mathbb{Z}\}", "5"),
+    (r"3\mathbf{i}", "3"),
+    (r"\frac{1}{2004!}", r"\frac{1}{2006!}"),
+    (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}"),
+    ("(1, 2)", "(1, 2, 2)"),
+    (r"\sqrt{2}", "1.4142"),
 ]
 
 
@@ -131,6 +231,40 @@ def test_an_unparsable_gold_is_a_fault_for_every_completion(gold):
     for completion in (r"\boxed{3}", "\\boxed{" + gold + "}", ""):
         verdict = verify_math(completion, gold)
         assert verdict.is_fault and "unparsable gold" in verdict.detail
+
+
+@pytest.mark.parametrize("gold", sorted({gold for gold, _ in SAME + DIFFERENT}))
+def test_no_gold_is_a_fault_against_itself(gold):
+    assert outcome(final_answer(gold), final_answer(gold)) == "correct"
+
+
+def test_parts_that_stand_in_boxes_of_their_own_are_one_answer():
+    assert verify_math(r"\boxed{2} and \boxed{3}", "2, 3").outcome is Outcome.CORRECT
+    assert verify_math(r"\boxed{2} and \boxed{3}", "3").outcome is Outcome.INCORRECT
+    assert verify_math(r"first \boxed{2}. Later I see that it is \boxed{3}.", "3").outcome is Outcome.CORRECT
+
+
+EXPENSIVE = [
+    "9^{9^{9^{9}}}",
+    "1000000!",
+    "((((9!)!)!)!)!",
+    r"\binom{10^9}{10^8}",
+    "(x+1)^{100000} - x",
+    r"e^{e^{e^{e^{9}}}}",
+    r"\sum_{k=1}^{10^{12}} \frac{1}{k^{k}}",
+    "(" * 90 + "x" + "+1)^{2}" * 90,
+    r"\frac{1}{1+" * 80 + "x" + "}" * 80,
+    "+".join(rf"\sin({i}x)" for i in range(60)),
+    "9" * 900,
+]
+
+
+@pytest.mark.parametrize("answer", EXPENSIVE)
+def test_answers_that_are_only_expensive_are_not_evaluated(answer):
+    for gold in ("3", r"\sqrt{2}", "x+1"):
+        began = time.process_time()
+        assert outcome(gold, answer) == "incorrect"
+        assert time.process_time() - began < 2.0  # evaluated: never, or out of memory
 
 
 def test_the_format_reward_goes_to_a_closed_box_with_a_wrong_answer():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LEAVES = {"cures_ray.messages", "cures_ray.config", "cures_ray.config_load", "cures_ray.snapshot"}
+LEAVES = {"cures_ray.boxes", "cures_ray.messages", "cures_ray.config", "cures_ray.config_load", "cures_ray.snapshot"}
 ROOMS = ["curriculum", "ledger", "data", "verify", "learning", "loop", "run", "synthetic"]
 LIBRARY = {f"cures_ray.{room}" for room in ROOMS}
 ACTORS = {"actors", "actors.weights", "actors.cluster"}
