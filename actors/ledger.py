@@ -13,11 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cures_ray.config import Config
-from cures_ray.curriculum.predictor import level_codes
 from cures_ray.ledger.ledger import Ledger
+from cures_ray.ledger.prompts import read_prompts
 from cures_ray.messages import (
     Accounting,
     BatchPlan,
@@ -28,7 +26,6 @@ from cures_ray.messages import (
     Settlement,
     SettleReply,
 )
-from cures_ray.snapshot import read_state, write_state
 
 
 def _or_exit(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,28 +42,11 @@ def _or_exit(call: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def write_columns(
-    folder: Path, prompt_ids: np.ndarray, levels: np.ndarray | None = None, features: np.ndarray | None = None
-) -> None:
-    """Put what the ledger must know of the prompts into its folder. As constructor arguments they would lie in the
-    object store, and a restarted actor could find them gone.
-
-    Args:
-        levels: of any type; their codes are kept.
-    """
-    columns: dict[str, np.ndarray] = {"ids": np.asarray(prompt_ids, np.uint64)}
-    if levels is not None:
-        columns["levels"] = level_codes(levels, len(prompt_ids))[0]
-    if features is not None:
-        columns["features"] = features
-    write_state(folder / "prompts", columns)
-
-
 class LedgerActor:
     """Launch with ``ray.remote(LedgerActor).options(max_restarts=-1, max_task_retries=0)``.
 
     Args:
-        folder: of the ledger, on a file system that the actor's node sees; ``write_columns`` has been there.
+        folder: of the ledger, on a file system that the actor's node sees; ``write_prompts`` has been there.
         session: a new name at each start of a run, so that a restarted actor continues and a resumed run begins
             from ``checkpoint``.
     """
@@ -78,13 +58,10 @@ class LedgerActor:
         session: str,
         checkpoint: str | None = None,
     ) -> None:
-        columns = read_state(Path(folder) / "prompts")
         self._ledger = Ledger(
             Path(folder),
             config,
-            columns["ids"],
-            columns.get("levels"),
-            columns.get("features"),
+            *read_prompts(Path(folder)).columns,
             session=session,
             checkpoint=Path(checkpoint) if checkpoint else None,
         )

@@ -1,65 +1,81 @@
-"""A nested dict of numbers, strings and arrays as a folder: state.json and one .npy file per array. No pickle.
+"""A nested dict of numbers, strings and arrays as a folder with one file, state.safetensors. No pickle.
 
-In state.json an array is ``{"npy": "a/b.npy", "bytes": size of the file}``. state.json is written last, so a
-folder with it and files of the stated sizes is complete.
+The dict is JSON text in the tensor ``state``; an array in it is ``{"array": name of its tensor}``. The CRC-32 over all
+tensors is in the file's metadata, so that a file that was cut short or changed anywhere is told from a whole one.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+NAME = "state.safetensors"
 
 
 def write_state(folder: Path, state: dict[str, Any], *, sync: bool = False) -> None:
-    """Write ``state`` into ``folder``. ``sync``: on the disk when this returns."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write ``state`` into ``folder``, whole or not at all. ``sync``: on the disk when this returns.
 
-    def encode(value: Any, name: str) -> Any:
+    Raises:
+        OSError, SafetensorError: it cannot be written (a full disk).
+    """
+    arrays: dict[str, np.ndarray] = {}
+
+    def plain(value: Any, name: str) -> Any:
         if isinstance(value, dict):
-            return {k: encode(v, f"{name}.{k}" if name else k) for k, v in value.items()}
+            return {k: plain(v, f"{name}.{k}") for k, v in value.items()}
         if isinstance(value, np.ndarray):
-            path = folder / f"{name}.npy"
-            with path.open("wb") as file:
-                np.save(file, value, allow_pickle=False)
-                _flush(file, sync)
-            return {"npy": path.name, "bytes": path.stat().st_size}
+            arrays[name] = value if value.flags.c_contiguous else value.copy()
+            return {"array": name}
         return value
 
-    encoded = encode(state, "")
-    with (folder / "state.json").open("w") as file:
-        json.dump(encoded, file, allow_nan=False)
-        _flush(file, sync)
+    text = json.dumps(plain(state, ""), allow_nan=False)
+    arrays["state"] = np.frombuffer(text.encode(), np.uint8)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{NAME}"
+    save_file(arrays, temporary, {"crc32": _checksum(arrays)})
+    if sync:
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+    temporary.rename(folder / NAME)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """What ``write_state`` wrote.
 
     Raises:
-        ValueError: a file is missing, cut short or unreadable.
+        ValueError: the file is missing, cut short or damaged, or the folder is an older version's.
     """
+    path = folder / NAME
+    if not path.is_file():
+        older = (folder / "state.json").exists()
+        raise ValueError(f"{path} is missing" + ("; the folder is of an older version of this code" if older else ""))
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            expected = (file.metadata() or {}).get("crc32")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if _checksum(arrays) != expected:
+        raise ValueError(f"{path} is damaged: it does not match its checksum")
 
     def decode(value: Any) -> Any:
-        if isinstance(value, dict) and "npy" in value:
-            path = folder / value["npy"]
-            if not path.is_file() or path.stat().st_size != value["bytes"]:
-                raise ValueError(f"{path} is missing or not {value['bytes']} bytes long")
-            return np.load(path, allow_pickle=False)
-        if isinstance(value, dict):
-            return {k: decode(v) for k, v in value.items()}
-        return value
+        if not isinstance(value, dict):
+            return value
+        return arrays[value["array"]] if value.keys() == {"array"} else {k: decode(v) for k, v in value.items()}
 
-    try:
-        state = json.loads((folder / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} is not a complete snapshot: {error}") from error
-    return decode(state)
+    return decode(json.loads(arrays["state"].tobytes()))
 
 
-def _flush(file: Any, sync: bool) -> None:
-    file.flush()
-    if sync:
-        os.fsync(file.fileno())
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    total = 0
+    for name, array in sorted(arrays.items()):
+        total = zlib.crc32(f"{name} {array.dtype.str} {array.shape}".encode(), total)
+        total = zlib.crc32(array.reshape(-1).view(np.uint8).data, total)
+    return f"{total:08x}"

@@ -21,12 +21,13 @@ from actors.cluster.adapters import RayFleet, RayLedger, RayVerifiers, answer
 from actors.cluster.placement import Placement
 from actors.generator import GeneratorActor
 from actors.learner import LearnerGroup
-from actors.ledger import LedgerActor, write_columns
+from actors.ledger import LedgerActor
 from actors.verifier import VerifierActor
 from actors.weights.transfer import resolve_backend, shm_folder
 from cures_ray.config import Config
 from cures_ray.data.table import curriculum_columns
 from cures_ray.ledger.ledger import begin_session
+from cures_ray.ledger.prompts import write_prompts
 from cures_ray.loop.driver import Driver, Ports
 from cures_ray.loop.evaluate import Evaluator
 from cures_ray.loop.sample_log import SampleLog
@@ -234,7 +235,7 @@ class Run:
         inputs = self.inputs
         actor = ray.remote(LedgerActor).options(num_cpus=0, max_restarts=-1, max_task_retries=0)
         folder = inputs.run_dir.resolve() / "ledger"
-        write_columns(folder, *curriculum_columns(self.config, inputs.train))
+        write_prompts(folder, *curriculum_columns(self.config, inputs.train), inputs.train.columns["text"])
         session = uuid.uuid4().hex
         begin_session(folder, session)
         handle = actor.remote(

@@ -20,9 +20,10 @@ import ray
 
 from actors.cluster.adapters import RayLedger
 from actors.cluster.launch import own_ray
-from actors.ledger import LedgerActor, write_columns
+from actors.ledger import LedgerActor
 from benchmarks.micro.ledger_cycle import CLIENTS, Row, config, settlement
 from cures_ray.config import Config, RayConfig
+from cures_ray.ledger.prompts import write_prompts
 from cures_ray.messages import CommitReport
 
 
@@ -101,7 +102,7 @@ def measure_actor(sizes: list[int], repeats: int, seconds: float) -> list[Row]:
         for size in sizes:
             with tempfile.TemporaryDirectory() as folder:
                 actor: Any = ray.remote(LedgerActor).options(num_cpus=0)
-                write_columns(Path(folder), np.arange(size, dtype=np.uint64))
+                write_prompts(Path(folder), np.arange(size, dtype=np.uint64))
                 handle = actor.remote(folder, config("steered"), uuid.uuid4().hex)
                 ray.get(handle.ping.remote())
                 rows += asyncio.run(_measure(handle, size, repeats, seconds))

@@ -81,22 +81,23 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> Iterator[tuple[int, list[Any]]]:
-    """(offset behind it, record) of each intact record, in order.
+    """(offset behind it, record) of each record that is whole now, in order. The file may grow meanwhile.
 
     Raises:
         JournalError: not a journal of this format, or a damaged record before the last one.
     """
     read_header(path)
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         offset = len(file.readline())
         for line in file:
             record = _parse(line)
-            if record is None:
-                if file.read(1):
-                    raise JournalError(
-                        f"{path} is damaged at byte {offset}: a record does not match its checksum and others follow. "
-                        f"Restore the file, or resume the run from a checkpoint (checkpoint.resume = PATH)"
-                    )
+            if record is None and offset + len(line) < size:
+                raise JournalError(
+                    f"{path} is damaged at byte {offset}: a record does not match its checksum and others follow. "
+                    f"Restore the file, or resume the run from a checkpoint (checkpoint.resume = PATH)"
+                )
+            if record is None or offset + len(line) > size:
                 return
             offset += len(line)
             yield offset, record

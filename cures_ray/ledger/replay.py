@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 from scipy.special import betaln
 
-from cures_ray.config import Config, CurriculumConfig
+from cures_ray.config import Config
 from cures_ray.config_load import load_config
 from cures_ray.curriculum.batches import Batch, Round
 from cures_ray.curriculum.machine import Curriculum
@@ -29,8 +30,8 @@ from cures_ray.curriculum.methods import METHODS
 from cures_ray.curriculum.planning import Method
 from cures_ray.curriculum.pool import PromptPool
 from cures_ray.curriculum.sampling import EpochSampler
-from cures_ray.ledger.ledger import generations, history_line
-from cures_ray.ledger.read import Run, copied
+from cures_ray.ledger.ledger import generations, history_line, journal_path
+from cures_ray.ledger.read import Run
 from cures_ray.messages import ConfigError
 
 # they shape the beliefs, and the beliefs are those of the run
@@ -61,13 +62,12 @@ class Drawn:
         """Posterior mean of the accuracy, float64 [k]."""
         return self.alpha / (self.alpha + self.beta)
 
-    def figures(self, actual: Drawn | None = None) -> dict[str, Any]:
-        """One row of the table. ``useful``: expected share of rollouts in groups with both outcomes, 1 - p^n -
-        (1-p)^n at the posterior mean; ``useful_posterior``: averaged over the posterior, which also counts how little
-        is known. ``overlap``: share of the prompts that the actual draw has too."""
-        share = self.n / max(self.n.sum(), 1)
-        p = self.p
-        figures = {
+    def figures(self, actual: Drawn) -> dict[str, Any]:
+        """One row of the table; shares of rollouts. ``useful``: in groups with both outcomes, 1 - p^n - (1-p)^n at the
+        posterior mean; ``useful_posterior``: averaged over the posterior, which also counts how little is known;
+        ``overlap``: of prompts, also in the actual draw."""
+        share, p = self.n / max(self.n.sum(), 1), self.p
+        return {
             "batch": self.batch,
             "role": self.role,
             "rollouts": int(self.n.sum()),
@@ -80,10 +80,8 @@ class Drawn:
             "useful_posterior": float(share @ both_outcomes(self.alpha, self.beta, self.n)),
             "hard": float(share @ (p < 0.1)),
             "easy": float(share @ (p > 0.9)),
+            "overlap": float(np.isin(self.index, actual.index).mean()) if len(self.index) else 0.0,
         }
-        if actual is not None:
-            figures["overlap"] = float(np.isin(self.index, actual.index).mean()) if len(self.index) else 0.0
-        return figures
 
 
 def both_outcomes(alpha: np.ndarray, beta: np.ndarray, n: np.ndarray) -> np.ndarray:
@@ -105,58 +103,57 @@ class Replay:
     compared: int = 0
     problems: list[str] = field(default_factory=list)
 
-    def names(self) -> list[str]:
-        return [" ".join(words) for words in self.overrides]
+    def sides(self) -> dict[str, list[Drawn]]:
+        """The run and its alternatives by name."""
+        names = [" ".join(words) for words in self.overrides]
+        return {"the run": self.actual, **dict(zip(names, self.others, strict=True))}
 
     def totals(self, drawn: list[Drawn]) -> dict[str, Any]:
         """Sums of counts, means over batches of tau and ESS, means over rollouts of the rest."""
-        rows = [d.figures(a) for d, a in zip(drawn, self.actual, strict=True)]
-        weight = np.array([r["rollouts"] for r in rows], float)
-        total: dict[str, Any] = {"batches": len(rows), "rollouts": int(weight.sum())}
-        for key in ("tau", "ess"):
-            values = [r[key] for r in rows if np.isfinite(r[key])]
-            total[key] = float(np.mean(values)) if values else float("nan")
-        total["distinct_prompts"] = len(np.unique(np.concatenate([d.index for d in drawn]))) if drawn else 0
-        total["max_n"] = max((r["max_n"] for r in rows), default=0)
-        for key in ("mean_accuracy", "useful", "useful_posterior", "hard", "easy", "overlap"):
-            total[key] = float(weight @ [r[key] for r in rows] / weight.sum()) if weight.sum() else 0.0
-        return total
+        rows = pd.DataFrame([d.figures(a) for d, a in zip(drawn, self.actual, strict=True)])
+        shares = rows.loc[:, "mean_accuracy":].mul(rows.rollouts, axis=0).sum() / max(rows.rollouts.sum(), 1)
+        return {
+            "batches": len(rows),
+            "rollouts": int(rows.rollouts.sum()),
+            "tau": float(rows.tau.mean()),
+            "ess": float(rows.ess.mean()),
+            "distinct_prompts": len(np.unique(np.concatenate([d.index for d in drawn]))),
+            "max_n": int(rows.max_n.max()),
+            **shares.to_dict(),
+        }
 
 
 def replay(run: Run, overrides: Sequence[Sequence[str]]) -> Replay:
     """Answer each list of ``key=value`` overrides for every batch that the kept journals draw.
 
     Raises:
-        ConfigError: an override that is wrong or cannot be answered, prompts that the priors need and that are not
-            there, or no snapshot that can be read.
+        ConfigError: an override that is wrong or cannot be answered, or no snapshot that can be read.
     """
     configs = [alternative(run, words) for words in overrides]
     result = Replay(overrides=[list(words) for words in overrides], notes=_notes(run, overrides, configs))
     result.others = [[] for _ in configs]
-    if not run.prompts.serve(run.config):
-        prior = run.config.curriculum.prior_from
-        raise ConfigError(
-            f"{run.folder}: curriculum.prior_from = {prior} needs the prompts to rebuild beliefs; {run.prompts.note}"
-        )
     history = {line["batch"]: line for line in run.history}
-    with copied(run) as folder:
-        curriculum: Curriculum | None = None
-        for number in generations(folder):
-            if curriculum is None:  # else the journal before ended where this one begins
-                curriculum = run.load(folder, number)
-                _listen(curriculum, configs, result)
-            current = curriculum
+    curriculum: Curriculum | None = None
 
-            def check(record: list[Any], current: Curriculum = current) -> None:
-                if record[0] == "commit" and record[1] in history:
-                    line, old = history_line(current, record[1]), history[record[1]]
-                    result.compared += 1
-                    result.agrees += line["n"] == old["n"] and np.allclose(line["p"], old["p"], atol=1.5e-4)
+    def check(record: list[Any]) -> None:
+        if record[0] == "commit" and record[1] in history and curriculum is not None:
+            line, old = history_line(curriculum, record[1]), history[record[1]]
+            result.compared += 1
+            result.agrees += line["n"] == old["n"] and np.allclose(line["p"], old["p"], atol=1.5e-4)
 
-            problem = run.play(folder, number, current, check)
-            if problem:
-                result.problems.append(problem)
-                curriculum = None
+    for number in generations(run.ledger):
+        if curriculum is None:  # else the journal before ended where this one begins
+            try:
+                curriculum = run.load(number)
+            except ConfigError:
+                if journal_path(run.ledger, number).exists():
+                    raise
+                continue  # the run has just removed it
+            _listen(curriculum, configs, result)
+        problem = run.play(number, curriculum, check)
+        if problem:
+            result.problems.append(problem)
+            curriculum = None
     if result.agrees < result.compared:
         result.problems.append(
             f"{result.compared - result.agrees} of {result.compared} replayed batches differ from RUN/ledger/"
@@ -188,30 +185,28 @@ def alternative(run: Run, overrides: Sequence[str]) -> Config:
         section, _, name = key.partition(".")
         if key not in OTHER_KEYS and section != "curriculum":
             raise ConfigError(f"{where}: {key} does not change what is drawn; keys of the curriculum do")
-        if name in BELIEF_KEYS and getattr(c, name) != getattr(old, name):
+        if name in BELIEF_KEYS and getattr(c, name, None) != getattr(old, name, None):
             raise ConfigError(
                 f"{where}: {key} shapes the beliefs, and a replay takes those of the run; measure it with a new run"
             )
     for name, (value, what) in MEASURED.items():
-        if getattr(c, name) == value != getattr(old, name):
+        if getattr(c, name, None) == value != getattr(old, name, None):
             raise ConfigError(
                 f"{where}: curriculum.{name} = {value} needs {what}, which this run did not keep "
-                f"(its curriculum.{name} = {getattr(old, name)}); measure it with a new run"
+                f"(its curriculum.{name} = {getattr(old, name, None)}); measure it with a new run"
             )
     return config
 
 
 def _notes(run: Run, overrides: Sequence[Sequence[str]], configs: list[Config]) -> list[str]:
-    notes = []
-    old = run.config.curriculum
+    notes, old = [], run.config.curriculum
     for words, config in zip(overrides, configs, strict=True):
         c, name = config.curriculum, " ".join(words)
         if c.model_dump() == old.model_dump():
             notes.append(f"{name}: the run's own curriculum")
-        if c.tau != old.tau and c.tau is None:
-            notes.append(f"{name}: the run's tau = {old.tau} is dropped, tau is steered to the ESS")
-        unused = [w for w in words if _unused(w.partition("=")[0].removeprefix("curriculum.").strip(), c)]
-        notes += [f"{name}: {word} has no effect with method = {c.method}" for word in unused]
+        before = getattr(old, "tau", None)
+        if before is not None and getattr(c, "tau", None) is None and c.method == old.method:
+            notes.append(f"{name}: the run's tau = {before} is dropped, tau is steered to the ESS")
         if c.method == "cures" and c.pilot_rollouts:
             notes.append(f"{name}: batches that begin with pilots are answered by their pilots (marked)")
     several = {c.method for c in (old, *(config.curriculum for config in configs))} & MULTI_ROUND
@@ -221,13 +216,6 @@ def _notes(run: Run, overrides: Sequence[Sequence[str]], configs: list[Config]) 
 
 
 MULTI_ROUND = {"gvm", "dapo", "speed", "reinforce_ada"}
-
-
-def _unused(name: str, c: CurriculumConfig) -> bool:
-    """Keys that belong to another method than the alternative's."""
-    owners = {"tau": "cures", "target_ess_fraction": "cures", "sampling": "cures", "allocation": "cures"}
-    owners |= {k: "mopps" for k in CurriculumConfig.model_fields if k.startswith("mopps_")}
-    return owners.get(name, c.method) != c.method
 
 
 def _listen(curriculum: Curriculum, configs: list[Config], result: Replay) -> None:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import os
-import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from rich.table import Table
 
 from cures_ray.curriculum.machine import Curriculum
-from cures_ray.ledger.read import Prompts, Run, current, open_run
-from cures_ray.ledger.replay import Replay, replay
-from cures_ray.ledger.text import allocation_table, heading, prompts_table, quantiles, replay_text, steps_table
+from cures_ray.ledger.read import Run, current, open_run
+from cures_ray.ledger.replay import replay
+from cures_ray.ledger.tables import bars, quantiles, show, some, table, write_csv, write_json
 from cures_ray.messages import ConfigError
 
 PICTURED = 200_000  # prompts in the picture's histogram
+STEPS = {"step": "step", "beliefs": "beliefs 0 to 1", "p10": "p10", "p50": "p50", "p90": "p90", "tau": "tau"}
+STEPS |= {"ess": "ESS", "ess_fraction": "of pool", "distinct_prompts": "prompts", "max_n": "max n", "useful": "useful"}
+STEPS |= {"prompt_reward": "reward", "trained": "trained", "discarded": "discarded"}
+GROUPS = {"accuracy": "accuracy", "size": "groups", "mean": "mean n", "min": "min n", "max": "max n", "bar": ""}
+PROMPTS = {"prompt": "prompt", "level": "level", "accuracy": "accuracy", "alpha": "alpha", "beta": "beta"}
+PROMPTS |= {"visits": "visits", "text": "text"}
+DRAWS = {"batch": "batch", "who": "", "rollouts": "rollouts", "tau": "tau", "ess": "ESS"}
+DRAWS |= {"distinct_prompts": "prompts", "max_n": "max n", "mean_accuracy": "accuracy", "useful": "useful"}
+DRAWS |= {"useful_posterior": "(Beta)", "hard": "p<0.1", "easy": "p>0.9", "overlap": "same prompts"}
+SHARES = ("ess_fraction", "useful", "useful_posterior", "hard", "easy", "overlap")
 
 
 def main(argv: list[str]) -> int:
@@ -28,6 +35,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="cures ledger", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the run's folder (checkpoint.dir); it may be running")
     parser.add_argument("--top", type=int, default=10, help="prompts in each list (default 10)")
+    parser.add_argument("--prompt", metavar="TEXT", help="only the prompts whose id begins with TEXT or that hold it")
     parser.add_argument("--csv", type=Path, metavar="FOLDER", help="also write tables as CSV files")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--no-plot", action="store_true", help="do not write RUN/ledger.png")
@@ -51,9 +59,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-# -- the report ----------------------------------------------------------------------------------------
-
-
 def _report(args: argparse.Namespace) -> list[str]:
     run = open_run(args.run)
     curriculum: Curriculum | None = None
@@ -61,58 +66,95 @@ def _report(args: argparse.Namespace) -> list[str]:
         curriculum, problem = current(run)
     except ConfigError as error:
         problem = str(error)
-    steps = [step_row(line) for line in run.history]
-    parts = [f"{heading(run.config, run.folder, len(steps))}\n{accounting_line(run, curriculum)}"]
-    if run.prompts.note:
-        parts.append(f"note: {run.prompts.note}")
-    parts += [steps_table(steps), allocation_table(run.history)] if steps else ["no batch is committed yet"]
-    lists: dict[str, list[dict[str, Any]]] = {}
-    now = None
-    if curriculum is not None:
-        belief = curriculum.pool.belief
-        lists = top_prompts(run.prompts, curriculum, args.top)
-        parts.append(prompts_table("Hardest prompts (seen at least once)", lists["hardest"]))
-        parts.append(prompts_table("Most visited prompts", lists["most_visited"]))
-        unseen = int((belief.visits == 0).sum())
-        parts.append(f"{run.prompts.count - unseen} of {run.prompts.count} prompts seen, {unseen} never")
-        every = max(1, -(-run.prompts.count // PICTURED))
-        now = (belief.mean()[::every], belief.visits[::every])
+    prompts = pd.DataFrame() if curriculum is None else prompt_rows(run, curriculum)
+    seen = prompts[prompts.visits > 0] if len(prompts) else prompts
+    if args.prompt is not None and curriculum is not None:
+        found = prompts.iloc[run.prompts.find(args.prompt)]
+        show(table(f"{len(found)} prompts with {args.prompt!r}", found.head(args.top), PROMPTS))
+        return [problem] if problem else []
+    steps, groups = step_rows(run.history), group_rows(run.history)
+    lists = (
+        {"hardest": seen.nsmallest(args.top, "accuracy"), "most_visited": seen.nlargest(args.top, "visits")}
+        if (len(seen))
+        else {}
+    )
     if args.json:
-        _write_json(args.json, _as_json(run, curriculum, steps, lists, problem))
+        facts = {"run": str(run.folder), "method": run.config.curriculum.method, "problem": problem or None}
+        write_json(args.json, facts | _counts(curriculum, prompts) | {"steps": steps, "groups": groups} | lists)
     if args.csv:
-        _write_csv(args.csv / "steps.csv", steps)
-        pairs = ((h["batch"], *pair) for h in run.history for pair in zip(h["n"], h["p"], strict=True))
-        _write_csv(args.csv / "groups.csv", ({"step": step, "n": n, "accuracy": p} for step, n, p in pairs))
-        if curriculum is not None:
-            seen = np.flatnonzero(curriculum.pool.belief.visits)
-            _write_csv(args.csv / "prompts.csv", (prompt_row(run.prompts, curriculum, int(i)) for i in seen))
+        for name, rows in (("steps", steps), ("groups", groups), ("prompts", seen)):
+            write_csv(args.csv / f"{name}.csv", rows)
+    parts: list[str | Table] = [f"{heading(run)}\n{accounting_line(run, curriculum)}"]
+    if run.history:
+        few = pd.DataFrame(some(steps.to_dict("records")))
+        few["beliefs"] = [f"[{bars(counts)}]" for counts in few.belief_histogram]
+        shown = "" if len(few) == len(steps) else f" ({len(few)} of {len(steps)} steps; --csv has all)"
+        parts += [table(f"Beliefs and draws by step{shown}", few, STEPS, SHARES), allocation(groups)]
+    else:
+        parts.append("no batch is committed yet")
+    titles = {"hardest": "Hardest prompts (seen at least once)", "most_visited": "Most visited prompts"}
+    short = {name: rows.assign(text=rows.text.str.slice(0, 64)) for name, rows in lists.items()}
+    parts += [table(titles[name], rows, PROMPTS) for name, rows in short.items()]
+    if curriculum is not None:
+        parts.append(f"{len(seen)} of {len(prompts)} prompts seen, {len(prompts) - len(seen)} never")
     if not args.no_plot:
-        parts.append(_plot(run, now))
-    _print("\n\n".join(parts))
+        parts.append(_plot(run, prompts))
+    show(*parts)
     return [problem] if problem else []
 
 
-def _plot(run: Run, now: tuple[np.ndarray, np.ndarray] | None) -> str:
+def _plot(run: Run, prompts: pd.DataFrame) -> str:
     from cures_ray.ledger.picture import draw_ledger
 
-    title = f"{run.folder}: {run.config.curriculum.method}, {len(run.history)} steps, {run.prompts.count:,} prompts"
+    few = prompts.iloc[:: max(1, -(-len(prompts) // PICTURED))]
+    now = (few.accuracy.to_numpy(), few.visits.to_numpy()) if len(few) else None
+    title = f"{run.folder}: {run.config.curriculum.method}, {len(run.history)} steps, {len(run.prompts.ids):,} prompts"
     try:
         return f"picture: {draw_ledger(run.history, run.folder / 'ledger.png', title, now)}"
     except OSError as error:
         return f"no picture: {error}"
 
 
-def step_row(line: dict[str, Any]) -> dict[str, Any]:
-    """One line of the history as flat figures; NaN for what its method does not have."""
-    metrics = line["metrics"]
-    low, middle, high = quantiles(line["belief_histogram"])
-    row: dict[str, Any] = {"step": line["batch"] + 1, "p10": low, "p50": middle, "p90": high}
-    for name in ("tau", "ess", "ess_fraction", "useful", "prompt_reward", "belief_mean", "belief_std"):
-        row[name] = float(metrics.get(name, np.nan))
-    for name in ("distinct_prompts", "max_n", "min_n", "rounds"):
-        row[name] = int(metrics[name]) if name in metrics else None
-    names = ("planned", "trained", "discarded", "belief_histogram")
-    return row | {name: line[name] for name in names}
+def heading(run: Run) -> str:
+    c = run.config.curriculum
+    text = f"{run.folder}: method {c.method}, m = {c.prompts_per_step} prompts and N = {c.rollouts_per_step} rollouts"
+    if c.method == "cures" and c.sampling == "potential":
+        text += f" a step, tau {'steered to its ESS' if c.tau is None else f'= {c.tau:g}'}"
+    return f"{text}; {len(run.history)} of {run.config.trainer.steps} steps committed"
+
+
+def step_rows(history: list[dict[str, Any]]) -> pd.DataFrame:
+    """A row a committed batch: its metrics, its counts, and quantiles of the beliefs."""
+    rows = []
+    for line in history:
+        low, middle, high = quantiles(line["belief_histogram"])
+        counts = {name: line[name] for name in ("planned", "trained", "discarded", "belief_histogram")}
+        rows.append({"step": line["batch"] + 1, "p10": low, "p50": middle, "p90": high} | counts | line["metrics"])
+    return pd.DataFrame(rows)
+
+
+def group_rows(history: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rollouts and believed accuracy of the groups as they were planned, at most 512 a step."""
+    rows = [(h["batch"] + 1, n, p) for h in history for n, p in zip(h["n"], h["p"], strict=True)]
+    return pd.DataFrame(rows, columns=["step", "n", "accuracy"])
+
+
+def allocation(groups: pd.DataFrame) -> Table:
+    """Rollouts against believed accuracy (the paper's Fig. 4), all steps together."""
+    tenth = (groups.accuracy * 10).astype(int).clip(upper=9)
+    rows = groups.groupby(tenth).n.agg(["size", "mean", "min", "max"]).reset_index()
+    rows["bar"] = ["█" * max(1, round(24 * mean / rows["mean"].max())) for mean in rows["mean"]]
+    rows["accuracy"] = [f"{i / 10:.1f} - {(i + 1) / 10:.1f}" for i in rows.accuracy]
+    return table("Rollouts against believed accuracy (groups as they were planned, at most 512 a step)", rows, GROUPS)
+
+
+def prompt_rows(run: Run, curriculum: Curriculum) -> pd.DataFrame:
+    """What is believed of every prompt."""
+    alpha, beta = curriculum.pool.belief.counts(np.arange(len(run.prompts.ids)))
+    visits, shown = curriculum.pool.belief.visits, run.prompts.shown.to_pandas()
+    names = [f"{int(i):016x}" for i in run.prompts.ids]
+    rows = {"prompt": names, "level": shown.level, "accuracy": alpha / (alpha + beta), "alpha": alpha, "beta": beta}
+    return pd.DataFrame(rows | {"visits": visits.astype(np.int64), "text": shown.text})
 
 
 def accounting_line(run: Run, curriculum: Curriculum | None) -> str:
@@ -129,128 +171,55 @@ def accounting_line(run: Run, curriculum: Curriculum | None) -> str:
     return f"after step {last['batch'] + 1}: {figures} + in flight {flying}"
 
 
-def prompt_row(prompts: Prompts, curriculum: Curriculum, row: int) -> dict[str, Any]:
-    belief = curriculum.pool.belief
-    alpha, beta = float(belief.alpha[row]), float(belief.beta[row])
-    return {
-        "prompt": prompts.name(row),
-        "row": row,
-        "level": prompts.level(row),
-        "accuracy": alpha / (alpha + beta),
-        "alpha": alpha,
-        "beta": beta,
-        "visits": int(belief.visits[row]),
-        "text": prompts.text(row),
-    }
-
-
-def top_prompts(prompts: Prompts, curriculum: Curriculum, top: int) -> dict[str, list[dict[str, Any]]]:
-    """The lowest posterior means among the prompts that were seen, and the most visited prompts."""
-    belief = curriculum.pool.belief
-    seen = np.flatnonzero(belief.visits)
-    hardest = seen[np.argsort(belief.mean(seen), kind="stable")[:top]]
-    visited = seen[np.argsort(-belief.visits[seen].astype(np.int64), kind="stable")[:top]]
-    rows = {"hardest": hardest, "most_visited": visited}
-    return {name: [prompt_row(prompts, curriculum, int(i)) for i in chosen] for name, chosen in rows.items()}
-
-
-def _as_json(
-    run: Run,
-    curriculum: Curriculum | None,
-    steps: list[dict[str, Any]],
-    lists: dict[str, list[dict[str, Any]]],
-    problem: str,
-) -> dict[str, Any]:
-    out: dict[str, Any] = {"run": str(run.folder), "method": run.config.curriculum.method, "problem": problem or None}
-    out |= {"note": run.prompts.note or None, "steps": steps}
-    out["groups"] = [{"step": h["batch"] + 1, "n": h["n"], "accuracy": h["p"]} for h in run.history]
-    if curriculum is not None:
-        a, visits = curriculum.accounting, curriculum.pool.belief.visits
-        discarded = {reason.value: count for reason, count in a.discarded.items()}
-        out["accounting"] = {"planned": a.planned, "trained": a.trained, "in_flight": a.in_flight}
-        out["accounting"]["discarded"] = discarded
-        out["prompts"] = {"count": run.prompts.count, "seen": int((visits > 0).sum())}
-    return out | lists
-
-
-# -- the replay ----------------------------------------------------------------------------------------
+def _counts(curriculum: Curriculum | None, prompts: pd.DataFrame) -> dict[str, Any]:
+    if curriculum is None:
+        return {}
+    a = curriculum.accounting
+    counts: dict[str, Any] = {"planned": a.planned, "trained": a.trained, "in_flight": a.in_flight}
+    counts["discarded"] = {reason.value: count for reason, count in a.discarded.items()}
+    return {"accounting": counts, "prompts": {"count": len(prompts), "seen": int((prompts.visits > 0).sum())}}
 
 
 def _replay(args: argparse.Namespace) -> list[str]:
-    run = open_run(args.run, names=args.csv is not None)
+    run = open_run(args.run)
     result = replay(run, args.replay)
-    sides = [("the run", result.actual), *zip(result.names(), result.others, strict=True)]
-    rows = [
+    if not result.actual:
+        show(f"{run.folder}: no batch was drawn in the journals still kept; nothing to replay", *result.problems)
+        return result.problems
+    sides = result.sides()
+    rows = pd.DataFrame(
         {"configuration": name, **d.figures(a)}
-        for name, drawn in sides
+        for name, drawn in sides.items()
         for d, a in zip(drawn, result.actual, strict=True)
-    ]
+    )
+    totals = pd.DataFrame({"who": name, **result.totals(drawn)} for name, drawn in sides.items())
     if args.json:
-        _write_json(args.json, _replay_json(run, result, rows))
+        facts = {"run": str(run.folder), "alternatives": result.overrides, "notes": result.notes}
+        facts |= {"problems": result.problems, "agrees_with_history": [result.agrees, result.compared]}
+        write_json(args.json, facts | {"totals": totals.rename(columns={"who": "configuration"}), "batches": rows})
     if args.csv:
-        _write_csv(args.csv / "replay.csv", rows)
-        draws = (
-            {"configuration": name, "batch": d.batch, "prompt": run.prompts.name(int(i)), "n": int(n), "accuracy": p}
-            for name, drawn in sides
+        write_csv(args.csv / "replay.csv", rows)
+        draws = [
+            pd.DataFrame({"configuration": name, "batch": d.batch, "row": d.index, "n": d.n, "accuracy": d.p})
+            for name, drawn in sides.items()
             for d in drawn
-            for i, n, p in zip(d.index, d.n, d.p.tolist(), strict=True)
-        )
-        _write_csv(args.csv / "draws.csv", draws)
-    _print(replay_text(result, run.folder))
+        ]
+        every = pd.concat(draws)
+        every["prompt"] = [f"{int(i):016x}" for i in run.prompts.ids[every["row"]]]
+        write_csv(args.csv / "draws.csv", every)
+    first, last = result.actual[0].batch, result.actual[-1].batch
+    parts: list[str | Table] = [
+        f"{run.folder}: batches {first} to {last} replayed from the journal"
+        + (" (older ones are not kept: curriculum.snapshot_every)" if first else "")
+        + f"; {result.agrees} of {result.compared} committed ones agree with the history\n"
+        "Every batch is drawn from the beliefs that the run had then, with its random numbers. Shares of rollouts "
+        "under those beliefs:\nuseful: in groups with both outcomes, at the posterior mean, and averaged over the "
+        "posterior (Beta); p<0.1, p>0.9: on hard and easy prompts."
+    ]
+    parts += ["\n".join(f"note: {note}" for note in result.notes)] if result.notes else []
+    parts.append(table("All batches", totals, DRAWS, SHARES))
+    rows["who"] = rows.configuration + rows.role.map(lambda role: "" if role == "train" else f" ({role}s)")
+    shown = rows[rows.batch.isin(some([d.batch for d in result.actual]))].sort_values("batch", kind="stable")
+    parts.append(table("By batch (at most 24; --csv has all)", shown, DRAWS, SHARES))
+    show(*parts, *result.problems)
     return result.problems
-
-
-def _replay_json(run: Run, result: Replay, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    sides = {"the run": result.actual, **dict(zip(result.names(), result.others, strict=True))}
-    return {
-        "run": str(run.folder),
-        "alternatives": result.overrides,
-        "notes": result.notes,
-        "problems": result.problems,
-        "agrees_with_history": [result.agrees, result.compared],
-        "totals": [{"configuration": name, **result.totals(drawn)} for name, drawn in sides.items()],
-        "batches": rows,
-    }
-
-
-def _print(text: str) -> None:
-    """To a reader that may have seen enough (`| head`)."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-# -- files ---------------------------------------------------------------------------------------------
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """Numbers that are none as null."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """A list in a cell is written with spaces between, a number that is none as nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer: csv.DictWriter[str] | None = None
-        for row in rows:
-            if writer is None:
-                writer = csv.DictWriter(file, list(row))
-                writer.writeheader()
-            writer.writerow({k: _csv_cell(v) for k, v in row.items()})
-
-
-def _csv_cell(value: Any) -> Any:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return " ".join(map(str, value))
-    return "" if _plain(value) is None else value

@@ -12,8 +12,9 @@ import pytest
 import ray
 
 from actors.cluster.adapters import RayLedger
-from actors.ledger import LedgerActor, write_columns
+from actors.ledger import LedgerActor
 from cures_ray.ledger.ledger import Ledger, journal_path
+from cures_ray.ledger.prompts import write_prompts
 from cures_ray.messages import RunError
 from tests.unit.fakes import World, small_config
 
@@ -23,7 +24,7 @@ KILLS = 3
 
 def start(folder: Path, world: World, session: str):
     actor = ray.remote(LedgerActor).options(num_cpus=0, max_restarts=-1, max_task_retries=0)
-    write_columns(folder, world.prompts.ids, world.prompts.levels)
+    write_prompts(folder, world.prompts.ids, world.prompts.levels)
     return actor.remote(str(folder), world.config, session)
 
 

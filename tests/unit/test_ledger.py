@@ -188,7 +188,7 @@ def test_a_crash_while_compacting_leaves_the_generation_before(tmp_path):
     work(ledger, 4)
     expected = state(ledger, tmp_path / "a")
     (tmp_path / "ledger" / "snapshot-000002").mkdir()  # written, but its journal was never begun
-    (tmp_path / "ledger" / "snapshot-000002" / "state.json").write_text("{")
+    (tmp_path / "ledger" / "snapshot-000002" / "state.safetensors").write_text("{")
     back = open_ledger(tmp_path / "ledger", **sections)
     assert state(back, tmp_path / "b") == expected
     work(back, 3, start=5)

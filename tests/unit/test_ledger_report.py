@@ -4,6 +4,7 @@ import csv
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from fakes import small_config
 from test_ledger import CONFIGS, settlement, take
@@ -12,16 +13,23 @@ from cures_ray.data.table import curriculum_columns, load_prompts
 from cures_ray.ledger.journal import read
 from cures_ray.ledger.ledger import Ledger, generations, journal_path
 from cures_ray.ledger.picture import draw_ledger
-from cures_ray.ledger.read import PlainTokenizer, current, open_run
+from cures_ray.ledger.prompts import read_prompts, write_prompts
+from cures_ray.ledger.read import current, open_run
 from cures_ray.ledger.replay import both_outcomes, replay
 from cures_ray.ledger.report import main
-from cures_ray.ledger.text import bars, quantiles, some
+from cures_ray.ledger.tables import bars, quantiles, some
 from cures_ray.messages import CommitReport, ConfigError, Discard
 from cures_ray.run.folder import claim
-from cures_ray.snapshot import write_state
 
 
-def begin(folder, ids=None, **sections) -> Ledger:
+class Tokenizer:
+    chat_template = None
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[0] * len(text.split()) for text in texts]}
+
+
+def begin(folder, **sections) -> Ledger:
     """A run folder with 64 prompts and an open ledger."""
     data = folder / "train.jsonl"
     folder.mkdir()
@@ -35,8 +43,10 @@ def begin(folder, ids=None, **sections) -> Ledger:
     }
     config = small_config(**base | sections)
     claim(folder, config).begin()
-    own, levels, features = curriculum_columns(config, load_prompts(config.data, PlainTokenizer()))
-    return Ledger(folder / "ledger", config, own if ids is None else ids, levels, features)
+    table = load_prompts(config.data, Tokenizer())
+    ids, levels, features = curriculum_columns(config, table)
+    write_prompts(folder / "ledger", ids, levels, features, table.columns["text"])
+    return Ledger(folder / "ledger", config, ids, levels, features)
 
 
 def work(ledger: Ledger, steps: int, drawn: dict | None = None) -> None:
@@ -266,8 +276,8 @@ def test_a_replay_goes_on_with_the_next_snapshot_behind_a_damaged_journal(tmp_pa
 
 def test_a_damaged_snapshot_is_named_and_the_history_is_still_shown(tmp_path, capsys):
     work(begin(tmp_path / "run", **with_snapshots({}, 2)), 4)
-    (tmp_path / "run/ledger/snapshot-000002/pool.belief.alpha.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(ConfigError, match=r"run/ledger/snapshot-000002/pool.belief.alpha.npy is missing or not"):
+    (tmp_path / "run/ledger/snapshot-000002/state.safetensors").write_bytes(b"\x93NUMPY")
+    with pytest.raises(ConfigError, match=r"run/ledger/snapshot-000002/state.safetensors is damaged"):
         main([str(tmp_path / "run"), "--no-plot"])
     assert "Beliefs and draws by step" in capsys.readouterr().out
 
@@ -281,29 +291,49 @@ def test_a_journal_of_another_configuration_is_refused_with_the_record(tmp_path)
     assert "cannot be applied" in problem and "another configuration" in problem
 
 
-def test_without_the_data_prompts_are_named_by_row_and_the_report_says_why(tmp_path, capsys):
-    work(begin(tmp_path / "run"), 3)
-    (tmp_path / "run/train.jsonl").unlink()
-    assert main([str(tmp_path / "run"), "--no-plot"]) == 0
+@pytest.mark.parametrize("prior", ["default", "predictor"])
+def test_a_data_file_that_was_regenerated_or_removed_since_changes_nothing_that_is_shown(prior, tmp_path, capsys):
+    work(begin(tmp_path / "run", **(CONFIGS[prior] if prior == "predictor" else {})), 3)
+    shown = []
+    for words in ([], ["--prompt", "question 3"], ["--replay", "n_max=8"]):
+        assert main([str(tmp_path / "run"), "--no-plot", *words]) == 0
+        shown.append(capsys.readouterr().out)
+    assert "question 3" in shown[1] and "question 30" in shown[1]
+    data = tmp_path / "run/train.jsonl"
+    rows = [{"prompt": f"another {i}", "answer": "0", "level": 9} for i in range(64)]
+    for text in ("".join(json.dumps(row) + "\n" for row in rows), None):
+        data.write_text(text) if text else data.unlink()
+        for words, before in zip(([], ["--prompt", "question 3"], ["--replay", "n_max=8"]), shown, strict=True):
+            assert main([str(tmp_path / "run"), "--no-plot", *words]) == 0
+            assert capsys.readouterr().out == before
+
+
+def test_prompts_are_found_by_text_and_by_id(tmp_path, capsys):
+    ledger = begin(tmp_path / "run")
+    work(ledger, 2)
+    assert main([str(tmp_path / "run"), "--prompt", "QUESTION 17"]) == 0
     out = capsys.readouterr().out
-    assert "named by their row only" in out and "does not exist" in out and "\nrow " in out
+    name = f"{int(ledger.curriculum.prompt_ids[17]):016x}"
+    assert "1 prompts" in out and name in out and "question 17" in out
+    assert main([str(tmp_path / "run"), "--prompt", name[:12]]) == 0 and name in capsys.readouterr().out
 
 
-def test_without_the_tokenizer_texts_are_matched_by_row(tmp_path, capsys):
-    work(begin(tmp_path / "run", ids=np.arange(1, 65, dtype=np.uint64)), 3)  # as by a template that is not there
-    assert main([str(tmp_path / "run"), "--no-plot"]) == 0
-    out = capsys.readouterr().out
-    assert "the ids are unknown" in out and "question" in out and "\nrow " in out
+def test_stored_texts_leave_out_marks_and_what_all_begin_with(tmp_path):
+    system = "<|im_start|>system\nYou are a helpful solver of problems. " + "Reason step by step. " * 40
+    texts = pa.chunked_array([[f"{system}<|im_end|>\n<|im_start|>user\nproblem\n {i}" for i in range(30)]])
+    write_prompts(tmp_path, np.arange(30), None, None, texts)
+    shown = read_prompts(tmp_path).shown["text"].to_pylist()
+    assert shown[7].endswith("user problem 7") and len(shown[7]) < 60 and "<|" not in shown[7]
 
 
-def test_priors_that_need_the_data_are_not_guessed_without_it(tmp_path, capsys):
-    work(begin(tmp_path / "run", **CONFIGS["predictor"]), 3)
-    (tmp_path / "run/train.jsonl").unlink()
-    with pytest.raises(ConfigError, match="prior_from = predictor needs the prompts"):
-        main([str(tmp_path / "run"), "--replay", "n_max=8"])
-    with pytest.raises(ConfigError, match="those of the last snapshot"):
-        main([str(tmp_path / "run"), "--no-plot"])
-    assert "Beliefs and draws by step" in capsys.readouterr().out
+def test_lost_or_other_prompts_are_refused(tmp_path):
+    work(begin(tmp_path / "run"), 1)
+    write_prompts(tmp_path / "run/ledger", np.arange(64))
+    with pytest.raises(ConfigError, match="not the prompts of the journal"):
+        main([str(tmp_path / "run")])
+    (tmp_path / "run/ledger/prompts/state.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"prompts/state\.safetensors is missing"):
+        main([str(tmp_path / "run")])
 
 
 def test_a_folder_that_is_no_run_or_has_no_ledger_yet_is_explained(tmp_path):
@@ -334,19 +364,3 @@ def test_quantiles_and_bars_describe_a_histogram():
     assert np.isnan(quantiles([0, 0])).all()
     assert bars([0, 1, 1000]) == " ▁█" and bars([]) == ""
     assert some(range(100), 5) == [0, 25, 50, 74, 99]
-
-
-def test_a_run_that_left_its_prompts_is_replayed_without_its_data(tmp_path, capsys):
-    run = tmp_path / "run"
-    ledger = begin(run, curriculum={"prior_from": "predictor"})
-    config = ledger.config
-    columns = curriculum_columns(config, load_prompts(config.data, PlainTokenizer()))
-    names = ("ids", "levels", "features")
-    write_state(run / "ledger" / "prompts", dict(zip(names, columns, strict=True)))
-    work(ledger, 3)
-    (run / "train.jsonl").unlink()
-    assert main([str(run), "--no-plot"]) == 0
-    text = capsys.readouterr().out
-    assert "the texts are not shown" in text and any(f"{int(i):016x}" in text for i in columns[0])
-    assert main([str(run), "--replay", "tau=0.05"]) == 0
-    assert "not exact" not in capsys.readouterr().out
