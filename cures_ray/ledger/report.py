@@ -194,7 +194,7 @@ def _replay(args: argparse.Namespace) -> list[str]:
     )
     totals = pd.DataFrame({"who": name, **result.totals(drawn)} for name, drawn in sides.items())
     if args.json:
-        facts = {"run": str(run.folder), "alternatives": result.overrides, "notes": result.notes}
+        facts: dict[str, Any] = {"run": str(run.folder), "alternatives": result.overrides, "notes": result.notes}
         facts |= {"problems": result.problems, "agrees_with_history": [result.agrees, result.compared]}
         write_json(args.json, facts | {"totals": totals.rename(columns={"who": "configuration"}), "batches": rows})
     if args.csv:
