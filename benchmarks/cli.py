@@ -18,6 +18,10 @@ BENCHMARKS = {  # subcommand -> (module with main(argv), or module:function; wha
     "show": ("benchmarks.harness.convergence:show", "tables and plots of a committed comparison"),
     "compare": ("benchmarks.harness.compare", "two result files; fails on a regression beyond the recorded spread"),
     "ledger-scale": ("benchmarks.micro.ledger_scale", "the curriculum at up to a million prompts"),
+    "journal-sqlite": (
+        "benchmarks.research.journal_sqlite",
+        "the ledger's journal against SQLite",
+    ),
     "verifier": ("benchmarks.micro.verifier", "verdicts per second"),
     "weight-sync": ("benchmarks.micro.weight_sync", "weights from the learner to the generators"),
     "lora": ("benchmarks.micro.lora", "memory and seconds of LoRA against full training"),
