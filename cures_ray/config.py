@@ -7,7 +7,7 @@ that suggest the nearest name (``config_load.py``). Cross-field rules that need 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -42,15 +42,40 @@ class ModelConfig(Section):
     lora: LoraConfig | None = None  # train low-rank adapters and keep the model frozen; None: train every parameter
 
 
+class ReasoningGymTask(Section):
+    name: str  # as the package calls it: chain_sum, gcd, calendar_arithmetic, ...
+    params: dict[str, Any] = {}  # of the task, such as {min_terms: 2, max_digits: 1}
+    weight: float = Field(1.0, gt=0)  # share of the prompts, against the other tasks
+    label: str | None = None  # the level in reports; None: the name
+    balance_answers: bool = False  # every answer equally often: for tasks with few answers, such as Yes and No
+
+
+class ReasoningGymConfig(Section):
+    train_size: int = Field(2048, ge=1)  # prompts
+    eval_size: int = Field(256, ge=1)
+    seed: int = 0
+    tasks: list[ReasoningGymTask] = []
+    partial_credit: bool = False  # True: the scorer's value is the reward; False: 1 if it is at least 0.99, else 0
+
+
 class DataConfig(Section):
-    train: str = ""  # JSONL, Parquet, or a Hugging Face dataset name ("name" or "name:split")
-    eval: str | None = None
-    prompt_key: str = "prompt"
+    train: str = ""  # a .jsonl, .parquet or .csv file, a Hugging Face "name", "name@subset:split", or reasoning-gym
+    eval: str | None = None  # as data.train
+    prompt_key: str = "prompt"  # column; dots reach into objects
     answer_key: str = "answer"
-    level_key: str | None = "level"  # difficulty column: reports by level, priors by level
-    system_prompt: str | None = None
+    preset: str | None = None  # columns and golds of a public data set: gsm8k, math, numina_math, dapo_math, ...
+    eval_preset: str | None = None  # of data.eval: math500, gsm8k, aime24, ...; None: as data.preset
+    level_key: str | None = "level"  # difficulty column, numbers or text: reports by level, priors by level
+    template: str = "auto"  # auto | chat | plain | a text with {prompt}; auto: chat if the tokenizer has a template
+    system_prompt: str | None = None  # None: the chat template's own default; "": none at all
+    prompt_suffix: str = ""  # added to the last message, such as "\nPut your final answer within \\boxed{}."
+    filter: dict[str, Any] = {}  # training rows to keep: column -> value, list of values, or {min, max}
     max_prompt_tokens: int = Field(1024, ge=1)
+    max_train_prompts: int | None = Field(None, ge=1)  # a random subset, drawn with data.seed
     max_eval_prompts: int | None = Field(None, ge=1)
+    decontaminate_against: list[str] = []  # evaluation sets or files; training prompts that overlap are dropped
+    decontaminate_ngram: int = Field(8, ge=2)  # words in a row that count as an overlap
+    reasoning_gym: ReasoningGymConfig = ReasoningGymConfig()
     seed: int = 0
 
 

@@ -37,8 +37,23 @@ def reference() -> str:
         if isinstance(field, ast.AnnAssign):
             name, section = ast.unparse(field.target), classes[ast.unparse(field.annotation)]
             parts += [f"\n## {name}\n", "| key | type | default | meaning |", "| --- | --- | --- | --- |"]
-            parts += [_row(name, f, lines) for f in section.body if isinstance(f, ast.AnnAssign)]
+            parts += _rows(name, section, lines, classes)
     return "\n".join(parts) + "\n"
+
+
+def _rows(name: str, section: ast.ClassDef, lines: list[str], classes: dict[str, ast.ClassDef]) -> list[str]:
+    """One line a key; a section within the section follows its key."""
+    rows = []
+    for field in section.body:
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        rows.append(_row(name, field, lines))
+        kind = ast.unparse(field.annotation)
+        inner = kind.removeprefix("list[").removesuffix("]")
+        if inner in classes:
+            key = f"{name}.{ast.unparse(field.target)}{'[]' if kind != inner else ''}"
+            rows += _rows(key, classes[inner], lines, classes)
+    return rows
 
 
 def _row(section: str, field: ast.AnnAssign, lines: list[str]) -> str:
@@ -46,12 +61,13 @@ def _row(section: str, field: ast.AnnAssign, lines: list[str]) -> str:
     kind = re.sub(r"Literal\[(.*?)\]", r"\1", ast.unparse(field.annotation)).replace("|", "or")
     kind = ALIASES.get(kind, kind)
     default, bounds = field.value, ""
-    if isinstance(default, ast.Call):
+    if isinstance(default, ast.Call) and default.args:
         signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
         bounds = ", ".join(f"{signs[k.arg]} {ast.unparse(k.value)}" for k in default.keywords if k.arg in signs)
         default = default.args[0]
     meaning = "; ".join(part for part in (comment.replace("|", "\\|"), bounds) if part)
-    return f"| `{section}.{ast.unparse(field.target)}` | {kind} | `{ast.unparse(default)}` | {meaning} |"
+    shown = ast.unparse(default) if default else "required"
+    return f"| `{section}.{ast.unparse(field.target)}` | {kind} | `{shown}` | {meaning} |"
 
 
 if __name__ == "__main__":

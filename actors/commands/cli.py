@@ -61,6 +61,10 @@ def _train(argv: list[str]) -> int:
 
 
 def _prepare(argv: list[str]) -> int:
+    if argv[:1] == ["smollm2"]:
+        from actors.commands.smollm2 import main as smollm2
+
+        return smollm2(argv[1:])
     from cures_ray.synthetic.base_model import main as prepare
 
     return prepare(argv)
@@ -92,7 +96,7 @@ def _bench(argv: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train from a configuration"),
-    "prepare": (_prepare, "make a synthetic task and a small base model"),
+    "prepare": (_prepare, "make a synthetic task and a small base model, or get a real one: prepare smollm2"),
     "eval": (_eval, "held-out accuracy of a model folder, with plain vLLM"),
     "ledger": (_ledger, "what the curriculum of a run did, and would have done"),
     "bench": (_bench, "run a benchmark"),

@@ -63,7 +63,7 @@ def mix_suffix(levels: list[int]) -> str:
 
 
 def add_task_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--task", choices=["chain", "program"], default="chain")
+    p.add_argument("--task", choices=list(TASKS), default="chain")
     p.add_argument("--variant", choices=["N", "T"], default="T", help="N: little transfer between prompts; T: much")
     p.add_argument("--levels", default="", help="difficulty mix, such as 5,6 or 1,1,2; default: all levels once")
     p.add_argument("--bases", type=Path, default=BASES_FOLDER, help="where base models are made and kept")

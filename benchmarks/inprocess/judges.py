@@ -43,7 +43,7 @@ def program(completion: str, prompt: PromptRow) -> float:
     return float(_passes(found.group(1), tests))
 
 
-JUDGES: dict[str, Judge] = {"chain": chain, "program": program}
+JUDGES: dict[str, Judge] = {"chain": chain, "chain_opaque": chain, "program": program}
 
 
 @lru_cache(maxsize=8192)

@@ -9,7 +9,12 @@
              (``f(0,1,2)=+03+05+07;+01+09+33``) -> ``def f(x): return [2*x+3,8*x*x+1]``. Judged by running it on other
              x. Values have two digits, and dots make all prompts equally long here too.
 
-Both are made of *facts* (one look-up in an operation table). A ``Skill`` is a partly wrong set of tables: a base
+``chain_opaque``  chains whose text does not show how hard they are. A prompt begins with a key, a, b or c, which
+             says what + - * stand for in it: the three are rotated. Over all keys every written operation is each
+             operation equally often, so a linear model of the text learns next to nothing; who reads the key can.
+             All prompts have equally many operations.
+
+All are made of *facts* (one look-up in an operation table). A ``Skill`` is a partly wrong set of tables: a base
 model supervised on its derivations starts bimodal, many prompts near 0 and many near 1, with room to repair
 (BENCHMARKS.md, "A testbed that was seen to work"). Variant N: a wrong entry per fact, little transfer between
 prompts. Variant T: one misconception per (operation, operand), so that skills transfer.
@@ -19,7 +24,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +34,9 @@ Variant = Literal["N", "T"]
 
 MODULUS = 13
 CHAIN_LEVELS = (1, 2, 3, 4, 5, 6)
+OPAQUE_LEVELS = (3,)  # one number of steps: the length of a prompt would tell its difficulty
+OPERATIONS = ("+", "-", "*")
+KEYS = "abc"
 PROGRAM_LEVELS = (1, 2, 3, 4)
 MIX_CONCENTRATION = 0.4  # Dirichlet over the operations of one prompt: small = prompts of mostly one operation
 BOX = "\\boxed{"
@@ -133,12 +141,36 @@ def draw_chain(rng: np.random.Generator, level: int, mix: float) -> Problem:
     weights = rng.dirichlet([mix] * len(CHAIN_ERROR))
     ops = rng.choice(list(CHAIN_ERROR), size=level, p=weights)
     steps = tuple((str(op), int(b)) for op, b in zip(ops, rng.integers(MODULUS, size=level), strict=True))
-    text = f"{start:02d}" + "".join(f"{op}{b:02d}" for op, b in steps) + "=" + "." * (CHAIN_LEVELS[-1] - level)
-    values, value = [start], start
+    text = _written(start, steps) + "." * (CHAIN_LEVELS[-1] - level)
+    return Problem(text=text, answer=_chain_answer(start, steps), level=level, facts=(start, *steps))
+
+
+def draw_opaque_chain(rng: np.random.Generator, level: int, mix: float) -> Problem:
+    clear = draw_chain(rng, level, mix)
+    start, *steps = clear.facts
+    key = int(rng.integers(len(KEYS)))
+    return Problem(
+        text=KEYS[key] + _written(start, [(rotate(op, key), b) for op, b in steps]),
+        answer=clear.answer,
+        level=level,
+        facts=clear.facts,
+    )
+
+
+def rotate(op: str, key: int) -> str:
+    """An operation as ``chain_opaque`` writes it under ``key``; the key -key gives it back."""
+    return OPERATIONS[(OPERATIONS.index(op) + key) % len(OPERATIONS)]
+
+
+def _written(start: int, steps: Iterable[tuple[str, int]]) -> str:
+    return f"{start:02d}" + "".join(f"{op}{b:02d}" for op, b in steps) + "="
+
+
+def _chain_answer(start: int, steps: Iterable[tuple[str, int]]) -> str:
+    values = [start]
     for op, b in steps:
-        value = apply(op, value, b)
-        values.append(value)
-    return Problem(text=text, answer=_joined(values), level=level, facts=(start, *steps))
+        values.append(apply(op, values[-1], b))
+    return _joined(values)
 
 
 def apply(op: str, a: int, b: int) -> int:
@@ -254,6 +286,15 @@ TASKS: dict[str, Task] = {
         skill=chain_skill,
         solve=solve_chain,
         levels=CHAIN_LEVELS,
+        max_new_tokens=12,
+        verifier="math",
+        gold=lambda _, answer: BOX + answer + "}",
+    ),
+    "chain_opaque": Task(
+        draw=draw_opaque_chain,
+        skill=chain_skill,
+        solve=solve_chain,
+        levels=OPAQUE_LEVELS,
         max_new_tokens=12,
         verifier="math",
         gold=lambda _, answer: BOX + answer + "}",

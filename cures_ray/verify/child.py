@@ -127,7 +127,24 @@ def _user_judge(options: dict[str, Any]) -> Judge:
     return lambda item: function(item["prompt"], item["completion"], item["answer"], item["row"])
 
 
-JUDGES: dict[str, Callable[[dict[str, Any]], Judge]] = {"math": _math_judge, "code": _code_judge}
+def _reasoning_gym_judge(options: dict[str, Any]) -> Judge:
+    try:
+        import reasoning_gym  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"verifier.fn = 'reasoning_gym': the package cannot be imported ({error}); "
+            "pip install 'cures-ray[reasoning-gym]'"
+        ) from None
+    from cures_ray.verify.reasoning_gym import ReasoningGymJudge
+
+    return ReasoningGymJudge()
+
+
+JUDGES: dict[str, Callable[[dict[str, Any]], Judge]] = {
+    "math": _math_judge,
+    "code": _code_judge,
+    "reasoning_gym": _reasoning_gym_judge,
+}
 
 
 if __name__ == "__main__":

@@ -120,8 +120,8 @@ def test_bad_files_are_refused_with_their_place(tmp_path, tokenizer):
     assert "does not exist" in refusal(tokenizer, str(tmp_path / "none.jsonl"))
     assert "empty" in refusal(tokenizer, jsonl(tmp_path, []))
     assert "empty" in refusal(tokenizer, jsonl(tmp_path, [""]))
-    (tmp_path / "data.csv").write_text("a,b")
-    assert ".jsonl or .parquet" in refusal(tokenizer, str(tmp_path / "data.csv"))
+    (tmp_path / "data.txt").write_text("a,b")
+    assert ".jsonl, .parquet, .csv or .tsv" in refusal(tokenizer, str(tmp_path / "data.txt"))
     (tmp_path / "bad.parquet").write_text("not parquet")
     assert "Parquet" in refusal(tokenizer, str(tmp_path / "bad.parquet"))
 

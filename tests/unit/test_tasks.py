@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from cures_ray.synthetic.tasks import BOX, CODE_CLOSE, CODE_OPEN, TASKS, apply, generate, to_row
+from cures_ray.data.features import prompt_features
+from cures_ray.synthetic.tasks import BOX, CODE_CLOSE, CODE_OPEN, KEYS, TASKS, apply, generate, rotate, to_row
 
 
 def success(task: str, variant: str, seed: int = 0, samples: int = 8) -> np.ndarray:
@@ -55,8 +56,8 @@ def test_problems_are_distinct_reproducible_and_balanced_over_the_levels(task):
     problems = generate(task, seed=1, count=240)
     assert problems == generate(task, seed=1, count=240) != generate(task, seed=2, count=240)
     assert len({p.text for p in problems}) == 240
-    shares = np.bincount([p.level for p in problems])[1:]
-    assert shares.min() > 0.6 * 240 / len(TASKS[task].levels)
+    shares = [sum(p.level == level for p in problems) for level in TASKS[task].levels]
+    assert min(shares) > 0.6 * 240 / len(TASKS[task].levels)
     held_out = generate(task, seed=1, count=60, exclude={p.text for p in problems})
     assert not {p.text for p in held_out} & {p.text for p in problems}
 
@@ -67,7 +68,7 @@ def test_levels_are_a_parameter_and_impossible_wishes_are_refused():
         generate("chain", seed=0, count=500, levels=(1,))
     with pytest.raises(ValueError, match="levels 1 to 6"):
         generate("chain", seed=0, count=1, levels=(7,))
-    with pytest.raises(ValueError, match="there are chain, program"):
+    with pytest.raises(ValueError, match="there are chain, chain_opaque, program"):
         generate("sums", seed=0, count=1)
 
 
@@ -93,7 +94,7 @@ def test_a_derivation_ends_in_what_the_verifier_reads(task):
     rng = np.random.default_rng(0)
     problem = generate(task, seed=0, count=1)[0]
     completion = TASKS[task].solve(problem, None, rng)
-    if task == "chain":
+    if task != "program":
         assert completion == BOX + problem.answer + "}"
     else:
         assert completion.startswith(CODE_OPEN) and completion.endswith(CODE_CLOSE)
@@ -112,3 +113,26 @@ def test_the_mathematical_verifier_tells_every_one_digit_mistake():
             other = digits[:i] + str((int(digits[i]) + 1) % 10) + digits[i + 1 :]
             assert not verify(gold, parse(BOX + other + "}"))
         assert not verify(gold, parse(BOX + digits[:-2] + "}"))
+
+
+def test_an_opaque_chain_hides_from_a_linear_model_of_its_text_what_a_plain_chain_shows():
+    for problem in generate("chain_opaque", seed=3, count=100):
+        key, written = KEYS.index(problem.text[0]), problem.text[3:-1]
+        steps = [(rotate(written[i], -key), int(written[i + 1 : i + 3])) for i in range(0, len(written), 3)]
+        assert (int(problem.text[1:3]), *steps) == problem.facts  # the text and its key say which chain it is
+    skill = {task: linear_skill(task) for task in ("chain", "chain_opaque")}
+    assert skill["chain"] > 0.3 and skill["chain_opaque"] < 0.05
+
+
+def linear_skill(task: str) -> float:
+    """Share of the variance of held-out success that ridge regression on the text's features explains."""
+    spec, rng = TASKS[task], np.random.default_rng([0, 17])
+    table = spec.skill(rng, "T")
+    problems = generate(task, seed=0, count=3000, levels=(3,))
+    success = np.array(
+        [np.mean([spec.solve(p, table, rng) == spec.solve(p, None, rng) for _ in range(4)]) for p in problems]
+    )
+    x = np.concatenate([np.ones((3000, 1)), prompt_features([p.text for p in problems])], 1)
+    train, test = slice(0, 2000), slice(2000, 3000)
+    weights = np.linalg.solve(x[train].T @ x[train] + 0.3 * np.eye(x.shape[1]), x[train].T @ success[train])
+    return float(1 - np.mean((x[test] @ weights - success[test]) ** 2) / success[test].var())
