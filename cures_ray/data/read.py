@@ -94,8 +94,8 @@ def _csv(path: Path, key: str, delimiter: str) -> Iterator[Row]:
 
 def _parquet(path: Path, key: str) -> Iterator[list[Row]]:
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(BATCH):
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(BATCH, use_threads=False):
                 yield _rows(batch)
     except (pa.ArrowException, OSError) as error:
         raise ConfigError(f"{key} = {path} cannot be read as Parquet: {error}") from None
