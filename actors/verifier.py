@@ -13,7 +13,8 @@ from typing import Any
 
 from cures_ray.config import Config
 from cures_ray.messages import Outcome, PromptRow, RolloutGroup, Verdict
-from cures_ray.verify.pool import VerifyItem, VerifyPool, self_test
+from cures_ray.verify.pool import VerifyItem, VerifyPool
+from cures_ray.verify.self_test import self_test
 
 MAX_GROUPS = 64  # in work at once; the threads only wait
 

@@ -202,6 +202,8 @@ class VerifierConfig(Section):
     timeout_s: float = Field(5.0, gt=0)
     max_rss_mb: int = Field(1024, ge=128)
     format_reward: float = Field(0.0, ge=0, le=1)
+    reward_range: tuple[float, float] = (0.0, 1.0)  # of a user's function; mapped to [0, 1]
+    max_fault_share: float = Field(0.25, gt=0, le=1)  # of recent verdicts; above, the run stops with the reason
 
 
 class WeightsConfig(Section):

@@ -100,7 +100,7 @@ def _paths() -> str:
 
 
 def _verifier() -> str:
-    from cures_ray.verify.pool import self_test
+    from cures_ray.verify.self_test import self_test
 
     self_test(Config())
     return "known right answers pass, wrong ones fail, hostile ones are cut off"

@@ -11,7 +11,7 @@ from cures_ray.config import Config
 from cures_ray.data.table import PromptTable, check_disjoint, load_prompts, load_tokenizer
 from cures_ray.messages import ConfigError
 from cures_ray.run.folder import RunFolder, claim
-from cures_ray.verify.pool import self_test
+from cures_ray.verify.self_test import self_test
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

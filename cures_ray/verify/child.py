@@ -1,29 +1,40 @@
-"""One verifier process of ``verify_pool.py``: JSON lines on standard input and output, one item a line.
+"""The processes of ``pool.py``: a nursery that has loaded what is safe to share, and the workers that it forks.
 
-Started as ``python -m cures_ray.verify.child '{"fn": ..., "max_rss_mb": ..., "format_reward": ...}'``. First line
-out: {"ready": true} or {"error": why}. Then for each {"completion", "answer", "prompt", "row", "timeout_s"} one
-{"outcome", "reward", "detail", "retire"}.
+    pool --control socket--> nursery --fork--> worker: own session, own limits, loads users' functions itself
+    pool --data socket (handed over as a descriptor)--> worker: one line a message, one line a verdict back
 
-Three things end an item that takes too long: an alarm here (SIGALRM, caught between bytecodes, a fault verdict); the
-parent, which kills this process a little later; and, should the parent be gone, SIGPROF, which ends the process even
-inside C code. After an alarm or a lack of memory the process asks to be replaced: what SymPy left behind is unknown.
+A message is {"token", "timeout_s", "groups": [{"answer", "prompt", "row", "completions"}, ...]}; each verdict is
+[token, place, outcome, reward, detail, seconds, retire], "place" counting the message's completions. Without the
+token, a line is nobody's verdict: a reward function that writes to foreign descriptors cannot shift the verdicts after
+it. A copy that a reward function forks loses the data socket at once and ends when it comes back here.
+
+An alarm (SIGALRM, caught between bytecodes) ends an item that takes too long; the pool kills a little later. After an
+alarm or a lack of memory the worker asks to be replaced: what SymPy left behind is unknown. A fork costs milliseconds.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import logging
 import os
 import resource
 import signal
+import socket
 import sys
-from collections.abc import Callable
-from typing import Any, BinaryIO
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
 
 from cures_ray.messages import ConfigError, Outcome, Verdict
 from cures_ray.verify.mathematics import fault, verify_math
 
-Judge = Callable[[dict[str, Any]], Verdict]
+Item = dict[str, Any]  # prompt, completion, answer, row, timeout_s
+Judge = Callable[[list[Item]], Iterator[tuple[int, Verdict]]]  # each item's place and verdict, as they come
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class SoftDeadline(BaseException):
@@ -31,40 +42,153 @@ class SoftDeadline(BaseException):
 
 
 def main() -> None:
-    options = json.loads(sys.argv[1])
-    requests, replies = _private_pipes()
+    """The nursery. First line out: {"ready": true} or {"error": why}; then {"start"} with a descriptor is answered by
+    {"pid"}, {"end": pid} by {"status"}. Ends, with all that it started, when the pool's end of the socket closes."""
+    options, control = json.loads(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))
+    control.set_inheritable(False)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # what a reward function prints
     limit = options["max_rss_mb"] << 20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of a worker come here
     logging.disable(logging.ERROR)  # math-verify warns of its alarms being off, and quotes model outputs
     try:
-        judge = JUDGES.get(options["fn"], _user_judge)(options)
-    except ConfigError as error:
-        _send(replies, {"error": str(error)})
-        return
+        if options["fn"] == "math":
+            _warm_up()
     except (MemoryError, ImportError, OSError) as error:
-        why = f"the verifier does not start within verifier.max_rss_mb = {options['max_rss_mb']}: {error!r}; raise it"
-        _send(replies, {"error": why})
+        _send(control, {"error": _too_small(options, error)})
         return
-    _send(replies, {"ready": True})
-    signal.signal(signal.SIGALRM, _on_alarm)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    for line in requests:
-        _send(replies, _judge_one(judge, json.loads(line)))
+    _send(control, {"ready": True})
+    workers: set[int] = set()
+    try:
+        while True:
+            text, descriptors, _, _ = socket.recv_fds(control, 4096, 1)
+            if not text:
+                return
+            request = json.loads(text)
+            if "end" in request:
+                workers.discard(request["end"])
+                _send(control, {"status": _end(request["end"], workers)})
+            elif (pid := os.fork()) == 0:
+                control.close()
+                _worker(options, socket.socket(fileno=descriptors[0]))
+            else:
+                os.close(descriptors[0])
+                workers.add(pid)
+                _send(control, {"pid": pid})
+    finally:
+        kill_tree(os.getpid(), itself=False)
 
 
-def _private_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """The protocol's ends on descriptors of their own: what a user function prints goes to standard error."""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
-    return requests, replies
+def _end(pid: int, workers: set[int]) -> int | None:
+    """Kill a worker, its descendants and the orphans that came here. Returns its wait status."""
+    kill_tree(pid)
+    status = None
+    with contextlib.suppress(ChildProcessError):
+        status = os.waitpid(pid, 0)[1]
+    for orphan in psutil.Process().children():
+        if orphan.pid not in workers:
+            kill_tree(orphan.pid)
+            os.waitpid(orphan.pid, 0)
+    return status
 
 
-def _send(replies: BinaryIO, message: dict[str, Any]) -> None:
-    replies.write(json.dumps(message).encode() + b"\n")
-    replies.flush()
+def kill_tree(pid: int, itself: bool = True) -> None:
+    """SIGKILL to a process, its group and all its descendants, also those in sessions of their own."""
+    try:
+        victims = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        victims = []
+    if itself:
+        for kill in (os.killpg, os.kill):
+            with contextlib.suppress(OSError):
+                kill(pid, signal.SIGKILL)
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+
+
+def _worker(options: dict[str, Any], data: socket.socket) -> None:
+    """In the fork; does not return."""
+    own = os.getpid()
+    try:
+        os.setsid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        os.register_at_fork(after_in_child=lambda: _close(data))
+        try:
+            style, judge = JUDGES.get(options["fn"], _user_judge)(options)
+        except ConfigError as error:
+            _send(data, {"error": str(error)})
+            return
+        except (MemoryError, ImportError, OSError) as error:
+            _send(data, {"error": _too_small(options, error)})
+            return
+        signal.signal(signal.SIGALRM, _on_alarm)
+        _send(data, {"ready": True, "style": style})
+        for line in data.makefile("rb"):
+            if not _answer(judge, json.loads(line), data, own):
+                return
+    except OSError:  # the pool has closed its end, or this is a copy without one
+        pass
+    finally:
+        os._exit(0)
+
+
+def _close(data: socket.socket) -> None:
+    """In a copy that a reward function forked; a copy of a copy has nothing left to close."""
+    if (descriptor := data.detach()) >= 0:
+        os.close(descriptor)
+
+
+def _answer(judge: Judge, message: dict[str, Any], data: socket.socket, own: int) -> bool:
+    """Send one line a verdict. False: this worker is not to be used again."""
+    items = [
+        {"prompt": group["prompt"], "row": group["row"], "answer": group["answer"], "completion": completion}
+        for group in message["groups"]
+        for completion in group["completions"]
+    ]
+    timeout_s, left, began = message["timeout_s"], dict.fromkeys(range(len(items))), time.monotonic()
+
+    def send(place: int, verdict: Verdict, retire: bool) -> None:
+        nonlocal began
+        if os.getpid() != own:
+            os._exit(0)
+        now = time.monotonic()
+        reply = [message["token"], place, verdict.outcome, verdict.reward, verdict.detail, now - began, retire]
+        _send(data, reply)
+        del left[place]
+        began = now
+
+    why = ""
+    try:
+        signal.setitimer(signal.ITIMER_REAL, timeout_s)
+        for place, verdict in judge([item | {"timeout_s": timeout_s} for item in items]):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            retire = verdict.is_fault and "MemoryError" in verdict.detail
+            send(place, verdict, retire)
+            if retire:
+                return False
+            signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    except MemoryError:
+        why = "out of memory (verifier.max_rss_mb)"
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+    except BaseException as error:
+        if os.getpid() != own:
+            os._exit(0)
+        if not isinstance(error, _timeout_exception() | SoftDeadline):
+            raise
+        why = f"no verdict within {timeout_s:g} s (verifier.timeout_s)"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    if why and left:
+        send(next(iter(left)), fault(why), True)
+    return not why
+
+
+def _send(channel: socket.socket, message: Any) -> None:
+    channel.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _on_alarm(number: int, frame: Any) -> None:
@@ -77,57 +201,47 @@ def _timeout_exception() -> type[BaseException]:
     return errors.TimeoutException if errors is not None else SoftDeadline
 
 
-def _judge_one(judge: Judge, item: dict[str, Any]) -> dict[str, Any]:
-    retire = False
-    signal.setitimer(signal.ITIMER_PROF, 2 * item["timeout_s"] + 2)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, item["timeout_s"])
-        try:
-            verdict = judge(item)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    except MemoryError:
-        verdict, retire = fault("out of memory (verifier.max_rss_mb)"), True
-    except Exception as error:
-        verdict = fault(f"{type(error).__name__}: {error}")
-    except BaseException as error:
-        if not isinstance(error, _timeout_exception() | SoftDeadline):
-            raise
-        verdict, retire = fault(f"no verdict within {item['timeout_s']:g} s (verifier.timeout_s)"), True
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    retire = retire or (verdict.is_fault and "MemoryError" in verdict.detail)
-    return {"outcome": verdict.outcome, "reward": verdict.reward, "detail": verdict.detail, "retire": retire}
+def _too_small(options: dict[str, Any], error: BaseException) -> str:
+    return f"the verifier does not start within verifier.max_rss_mb = {options['max_rss_mb']}: {error!r}; raise it"
 
 
-def _math_judge(options: dict[str, Any]) -> Judge:
-    reward = options["format_reward"]
-    warm = verify_math(r"\boxed{\frac{x}{2}}", r"\frac{x + 0}{2}")  # imports SymPy and builds its parser now
+def _warm_up() -> None:
+    """Import SymPy and build math-verify's parser now, for all workers."""
+    warm = verify_math(r"\boxed{\frac{x}{2}}", r"\frac{x + 0}{2}")
     if warm.outcome is not Outcome.CORRECT:  # math-verify hides a MemoryError
         raise MemoryError(warm.detail)
-    return lambda item: verify_math(item["completion"], item["answer"], reward)
 
 
-def _code_judge(options: dict[str, Any]) -> Judge:
+def _each(judge: Callable[[Item], Verdict]) -> Judge:
+    return lambda items: ((place, judge(item)) for place, item in enumerate(items))
+
+
+def _math_judge(options: dict[str, Any]) -> tuple[str, Judge]:
+    reward = options["format_reward"]
+    return "item", _each(lambda item: verify_math(item["completion"], item["answer"], reward))
+
+
+def _code_judge(options: dict[str, Any]) -> tuple[str, Judge]:
     from cures_ray.verify.programs import Sandbox, SandboxError, verify_code
 
-    sandbox = Sandbox(options["max_rss_mb"])
+    sandbox, reward = Sandbox(options["max_rss_mb"]), options["format_reward"]
     try:
         sandbox.start()
     except (OSError, ValueError, SandboxError) as error:
         raise ConfigError(f"verifier.fn = 'code': the sandbox does not start: {error}") from error
-    return lambda item: verify_code(
-        item["completion"], item["answer"], sandbox, item["timeout_s"], options["format_reward"]
+    return "item", _each(
+        lambda item: verify_code(item["completion"], item["answer"], sandbox, item["timeout_s"], reward)
     )
 
 
-def _user_judge(options: dict[str, Any]) -> Judge:
+def _user_judge(options: dict[str, Any]) -> tuple[str, Judge]:
     from cures_ray.verify.functions import load_reward_function
 
-    function = load_reward_function(options["fn"])
-    return lambda item: function(item["prompt"], item["completion"], item["answer"], item["row"])
+    function = load_reward_function(options["fn"], tuple(options["reward_range"]))
+    return function.style, function.judge
 
 
-def _reasoning_gym_judge(options: dict[str, Any]) -> Judge:
+def _reasoning_gym_judge(options: dict[str, Any]) -> tuple[str, Judge]:
     try:
         import reasoning_gym  # noqa: F401
     except ImportError as error:
@@ -137,10 +251,10 @@ def _reasoning_gym_judge(options: dict[str, Any]) -> Judge:
         ) from None
     from cures_ray.verify.reasoning_gym import ReasoningGymJudge
 
-    return ReasoningGymJudge()
+    return "item", _each(ReasoningGymJudge())
 
 
-JUDGES: dict[str, Callable[[dict[str, Any]], Judge]] = {
+JUDGES: dict[str, Callable[[dict[str, Any]], tuple[str, Judge]]] = {
     "math": _math_judge,
     "code": _code_judge,
     "reasoning_gym": _reasoning_gym_judge,

@@ -31,6 +31,22 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 def fails(completion):
     raise KeyError("x")
 
+def helper(completion):
+    raise ValueError("deep")
+
+def nested(completion):
+    return helper(completion)
+
+def lengths(completions, level=None, **columns):
+    return [len(c) / 10 + 0 * x for c, x in zip(completions, level)]
+
+async def slow_batch(completions):
+    await asyncio.sleep(0)
+    return [True] * len(completions)
+
+def not_a_list(completions):
+    return 1.0
+
 def minus_one(completion):
     return -1.0
 
@@ -84,7 +100,37 @@ def test_an_exception_is_a_fault_not_a_zero(file):
 
 def test_a_reward_outside_0_to_1_is_a_fault_that_says_so(file):
     verdict = load_reward_function(f"{file}:minus_one")("p", "c", "a", {})
-    assert verdict.is_fault and "[0, 1]" in verdict.detail
+    assert verdict.is_fault and "verifier.reward_range = [0, 1]" in verdict.detail
+
+
+def test_a_reward_range_is_mapped_to_0_to_1(file):
+    assert load_reward_function(f"{file}:minus_one", (-1.0, 1.0))("p", "c", "a", {}).reward == 0.0
+    mapped = [to_verdict(r, (-1.0, 1.0)) for r in (-1, 0, 0.5, 1)]
+    assert [v.reward for v in mapped] == [0.0, 0.5, 0.75, 1.0]
+    assert [v.outcome for v in mapped] == [Outcome.INCORRECT] * 2 + [Outcome.CORRECT] * 2
+    outside = to_verdict(1.5, (-1.0, 1.0))
+    assert outside.is_fault and "verifier.reward_range = [-1, 1]" in outside.detail
+
+
+def test_a_fault_names_the_lines_that_raised(file):
+    detail = load_reward_function(f"{file}:nested")("p", "c", "a", {}).detail
+    assert detail.startswith("nested raised ValueError: deep [my_rewards.py:") and "in helper" in detail
+
+
+def test_batch_functions_get_lists_and_return_as_many(file):
+    items = [
+        {"prompt": "p", "completion": "c" * n, "answer": "a", "row": {"level": n}, "timeout_s": 1.0} for n in range(3)
+    ]
+    batch = load_reward_function(f"{file}:lengths")
+    assert batch.style == "batch"
+    assert [(place, v.reward) for place, v in batch.judge(items)] == [(0, 0.0), (1, 0.1), (2, 0.2)]
+    assert all(v.reward == 1.0 for _, v in load_reward_function(f"{file}:slow_batch").judge(items))
+    assert all(v.is_fault for _, v in load_reward_function(f"{file}:not_a_list").judge(items))
+
+
+def test_asynchronous_functions_are_told_from_plain_ones(file):
+    assert load_reward_function(f"{file}:slow").style == "async"
+    assert load_reward_function(f"{file}:plain").style == "item"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +162,7 @@ def test_what_a_function_may_return(returned, outcome, reward):
         ("maths", "write math, code, module:function"),
         ("no_such_module_here:f", "cannot be imported: ModuleNotFoundError"),
         ("/no/such/file.py:f", "there is no file /no/such/file.py"),
-        ("FILE:absent", "functions there: plain, short, named, slow, compute_score, fails, minus_one, wrong"),
+        ("FILE:absent", "functions there: plain, short, named, slow, compute_score, fails, helper, nested, "),
         ("FILE:not_a_function", "has no function 'not_a_function'"),
         ("FILE:wrong", r"wrong signature wrong\(p, c, a\); expected verify\(prompt, completion"),
     ],

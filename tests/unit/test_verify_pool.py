@@ -4,11 +4,13 @@ import threading
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 from cures_ray.config import Config, VerifierConfig
 from cures_ray.messages import ConfigError, Outcome, PromptRow
-from cures_ray.verify.pool import VerifyItem, VerifyPool, hard_deadline, self_test
+from cures_ray.verify.pool import VerifyItem, VerifyPool, hard_deadline
+from cures_ray.verify.self_test import self_test
 
 TIMEOUT_S = 0.5
 START_S = 60.0  # of a process, on a busy machine
@@ -126,6 +128,191 @@ def test_processes_work_side_by_side_for_several_callers(user, tmp_path):
     assert len(set((tmp_path / "pids").read_text().split())) == 2
 
 
+FOREIGN = """
+import os, pathlib, subprocess, sys, threading, time
+
+def everywhere(text):
+    written = 0
+    for descriptor in range(3, 64):
+        try:
+            written += os.write(descriptor, text) > 0
+        except OSError:
+            pass
+    return written
+
+def note(answer, text):
+    with open(answer, "a") as file:
+        file.write(f"{text} ")
+
+def verify(completion, answer, level):
+    if completion == "write":
+        note(answer, everywhere(b'["0", 0, "correct", 1.0, "", 0.0, false]\\n' * 3))
+    if completion == "torn":
+        note(answer, everywhere(b"no line"))
+    if completion == "late":
+        threading.Timer(0.3, lambda: note(answer, everywhere(b'["0", 0, "correct", 1.0, "", 0.0, false]\\n'))).start()
+    if completion == "print":
+        print("x" * 100_000)
+        print("x" * 100_000, file=sys.stderr)
+        os.write(1, b"raw")
+        note(answer, "printed")
+    if completion == "fork" and os.fork() == 0:
+        note(answer, os.getpid())  # and it goes on as the copy
+    if completion == "daemon":
+        process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        note(answer, process.pid)
+        while True:
+            time.sleep(1)
+    if completion == "orphan":
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                note(answer, os.getpid())
+                time.sleep(1000)
+            os._exit(0)
+        time.sleep(0.5)
+    return level
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    (tmp_path / "foreign.py").write_text(FOREIGN)
+    return VerifierConfig(fn=f"{tmp_path / 'foreign.py'}:verify", timeout_s=3.0)
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # whose parent, here, may never look
+    except psutil.NoSuchProcess:
+        return False
+
+
+def mixed(what: str, file: str, count: int = 40) -> list[VerifyItem]:
+    """Every fifth item does ``what``; the rewards alternate, so that a shift by one is seen."""
+    return [item(what if i % 5 == 2 else "", file, level=i % 2) for i in range(count)]
+
+
+@pytest.mark.parametrize("what", ["write", "torn"])
+def test_who_writes_to_foreign_descriptors_gets_a_fault_and_shifts_nothing(what, foreign, tmp_path):
+    file = tmp_path / "notes"
+    with VerifyPool(foreign) as pool:
+        verdicts = pool.verify(mixed(what, str(file))) + pool.verify([item("", str(file), level=1)])
+    notes = file.read_text().split()  # it happened: a descriptor was hit each time, in a repeated item twice
+    assert len(notes) >= 8 and set(notes) == {"1"}
+    for i, verdict in enumerate(verdicts[:40]):
+        if i % 5 == 2:
+            assert verdict.is_fault and "descriptors that it did not open" in verdict.detail
+        else:
+            assert (verdict.outcome, verdict.reward) == ((Outcome.INCORRECT, Outcome.CORRECT)[i % 2], float(i % 2))
+    assert verdicts[40].outcome is Outcome.CORRECT
+
+
+def test_bytes_that_come_after_the_verdict_reach_no_other_item(foreign, tmp_path):
+    file = tmp_path / "notes"
+    with VerifyPool(foreign) as pool:
+        assert pool.verify([item("late", str(file), level=0)])[0].outcome is Outcome.INCORRECT
+        deadline = time.monotonic() + 10
+        while not (file.exists() and file.read_text().split()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        rewards = [v.reward for v in pool.verify([item("", str(file), level=i % 2) for i in range(20)])]
+    assert file.read_text().split() == ["1"]  # it happened
+    assert rewards == [float(i % 2) for i in range(20)]
+
+
+@pytest.mark.parametrize("what", ["fork", "print"])
+def test_forking_and_printing_change_no_verdict(what, foreign, tmp_path):
+    file = tmp_path / "notes"
+    with VerifyPool(foreign) as pool:
+        verdicts = pool.verify(mixed(what, str(file)))
+    notes = file.read_text().split()
+    assert len(notes) == 8  # it happened
+    assert [v.reward for v in verdicts] == [float(i % 2) for i in range(40)]
+    assert not any(v.is_fault for v in verdicts)
+    if what == "fork":
+        assert not any(runs(int(pid)) for pid in notes)
+
+
+@pytest.mark.parametrize("what", ["daemon", "orphan"])
+def test_what_a_function_starts_in_a_session_of_its_own_ends_with_it(what, foreign, tmp_path):
+    file = tmp_path / "notes"
+    with VerifyPool(foreign.model_copy(update={"timeout_s": 1.5})) as pool:
+        verdicts = pool.verify([item(what, str(file), level=1), item("", str(file), level=1)])
+        if what == "daemon":  # it hangs, and is killed with its descendants at once
+            assert verdicts[0].is_fault
+            assert not runs(int(file.read_text()))
+    assert verdicts[1].outcome is Outcome.CORRECT
+    (pid,) = file.read_text().split()  # it happened
+    assert not runs(int(pid))
+
+
+def test_a_nursery_that_dies_is_replaced():
+    with VerifyPool(VerifierConfig(timeout_s=5.0)) as pool:
+        pool.prewarm()
+        process = pool._nursery._process
+        assert process is not None
+        process.kill()
+        process.wait()
+        first, second = pool.verify([item(r"\boxed{3}"), item(r"\boxed{4}")])
+        assert first.is_fault or first.outcome is Outcome.CORRECT
+        assert second.is_fault or second.outcome is Outcome.INCORRECT
+        third, fourth = pool.verify([item(r"\boxed{3}"), item(r"\boxed{4}")])
+        assert (third.outcome, fourth.outcome) == (Outcome.CORRECT, Outcome.INCORRECT)
+        assert pool._nursery._process is not process  # it happened
+
+
+def test_the_pool_spends_little_on_an_item():
+    """One message for many items: the parent's processor time an item, here with a loose bound for busy machines."""
+    items = [item("step by step, " * 60 + rf"\boxed{{{i % 7}}}", str(i % 3)) for i in range(2048)]
+    with VerifyPool(VerifierConfig(timeout_s=5.0)) as pool:
+        pool.verify(items[:64])
+        began = time.process_time()
+        verdicts = pool.verify(items)
+        spent = (time.process_time() - began) / len(items)
+    assert [v.outcome is Outcome.CORRECT for v in verdicts] == [i % 7 == i % 3 for i in range(2048)]
+    assert spent < 0.4e-3
+
+
+BATCH = """
+import asyncio
+
+def verify_batch(prompts, completions, answers, rows, level):
+    assert len(prompts) == len(completions) == len(answers) == len(rows) == len(level)
+    if "short" in completions:
+        return [1.0]
+    return [c == a and row["level"] == x for c, a, row, x in zip(completions, answers, rows, level)]
+
+async def waits(completion, answer):
+    await asyncio.sleep(10 if completion == "hang" else 0.5)
+    if completion == "raise":
+        raise KeyError("x")
+    return completion == answer
+"""
+
+
+def test_a_batch_function_judges_a_message_in_one_call(tmp_path):
+    (tmp_path / "batch.py").write_text(BATCH)
+    with VerifyPool(VerifierConfig(fn=f"{tmp_path / 'batch.py'}:verify_batch")) as pool:
+        verdicts = pool.verify([item(str(i % 2), "1", level=i) for i in range(100)])
+        assert [v.reward for v in verdicts] == [float(i % 2) for i in range(100)]
+        short = pool.verify([item("short", "1", level=0), item("1", "1", level=0)])
+        assert all(v.is_fault and "returned 1 rewards for 2 completions" in v.detail for v in short)
+
+
+def test_asynchronous_functions_wait_together(tmp_path):
+    (tmp_path / "batch.py").write_text(BATCH)
+    with VerifyPool(VerifierConfig(fn=f"{tmp_path / 'batch.py'}:waits", timeout_s=3.0)) as pool:
+        pool.prewarm()
+        began = time.monotonic()
+        completions = ["hang" if i == 3 else "raise" if i == 4 else str(i % 2) for i in range(40)]
+        verdicts = pool.verify([item(c, "1") for c in completions])
+        assert time.monotonic() - began < 10  # one after the other: 20 s
+    assert "verifier.timeout_s" in verdicts[3].detail and "KeyError" in verdicts[4].detail
+    assert [v.reward for i, v in enumerate(verdicts) if i not in (3, 4)] == [
+        float(i % 2) for i in range(40) if i not in (3, 4)
+    ]
+
+
 def test_closing_ends_what_is_in_work_as_faults(user):
     pool = VerifyPool(user.model_copy(update={"timeout_s": 60.0}))
     pool.prewarm()
@@ -147,7 +334,7 @@ def test_the_self_test_passes_the_built_in_verifiers():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("def verify(completion): return 2.0", r"rewards are numbers in \[0, 1\]"),
+        ("def verify(completion): return 2.0", r"outside verifier.reward_range = \[0, 1\]"),
         ("def verify(completion, difficulty): return 1.0", "missing 1 required.*difficulty.*other columns: level"),
         ("def verify(completion): raise OSError('judge is down')", "judge is down"),
         ("def other(completion): return 1.0", "functions there: other"),
