@@ -7,6 +7,7 @@ that suggest the nearest name (``config_load.py``). Cross-field rules that need 
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -204,6 +205,14 @@ class VerifierConfig(Section):
     format_reward: float = Field(0.0, ge=0, le=1)
     reward_range: tuple[float, float] = (0.0, 1.0)  # of a user's function; mapped to [0, 1]
     max_fault_share: float = Field(0.25, gt=0, le=1)  # of recent verdicts; above, the run stops with the reason
+
+    @field_validator("reward_range")
+    @classmethod
+    def _low_below_high(cls, value: tuple[float, float]) -> tuple[float, float]:
+        low, high = value
+        if not (isfinite(low) and isfinite(high) and low < high):
+            raise ValueError("the lowest and the highest reward are expected, as in [-1, 1]")
+        return value
 
 
 class WeightsConfig(Section):
