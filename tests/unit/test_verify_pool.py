@@ -156,8 +156,8 @@ def verify(completion, answer, level):
         print("x" * 100_000, file=sys.stderr)
         os.write(1, b"raw")
         note(answer, "printed")
-    if completion == "fork" and os.fork() == 0:
-        note(answer, os.getpid())  # and it goes on as the copy
+    if completion == "fork" and (pid := os.fork()) != 0:
+        note(answer, pid)  # both go on from here
     if completion == "daemon":
         process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
         note(answer, process.pid)
