@@ -53,7 +53,7 @@ def measure(seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     seconds = time.monotonic() - began
     summary = json.loads((folder / "summary.json").read_text())
     data, model, report = folder / "base" / "eval.jsonl", folder / "model", folder / "eval.json"
-    limits = ["--max-new-tokens", "16", "--max-prompt-tokens", "64"]
+    limits = ["rollout.max_new_tokens=16", "--out", str(folder / "eval")]
     _run(
         [
             sys.executable,
@@ -81,7 +81,7 @@ def measure(seed: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
         "planned": summary["planned"],
         "trained": summary["trained"],
         "discarded": summary["discarded"],
-        "exported_vllm": json.loads(report.read_text())["accuracy"],
+        "exported_vllm": json.loads(report.read_text())["scores"][str(model)]["eval"]["accuracy"]["mean"],
         "exported_transformers": transformers_accuracy(model, data),
     }
 

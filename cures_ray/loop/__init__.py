@@ -1,4 +1,4 @@
 """The one training loop, the Protocols of the workers around it, and evaluation.
 
-Promises: nothing waits forever; a lost worker costs its work, not the run. May import: the leaves, ``learning``.
+Promises: nothing waits forever; a lost worker costs its work, not the run. May import: the leaves, ``learning``, ``evaluation``.
 """

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAVES = {"cures_ray.boxes", "cures_ray.messages", "cures_ray.config", "cures_ray.config_load", "cures_ray.snapshot"}
-ROOMS = ["curriculum", "ledger", "data", "verify", "learning", "loop", "run", "synthetic"]
+ROOMS = ["curriculum", "ledger", "data", "evaluation", "verify", "learning", "loop", "run", "synthetic"]
 LIBRARY = {f"cures_ray.{room}" for room in ROOMS}
 ACTORS = {"actors", "actors.weights", "actors.cluster"}
 PRODUCT = LIBRARY | ACTORS | {"actors.commands"}
@@ -16,9 +16,10 @@ MAY_IMPORT = {
     "cures_ray.curriculum": set(),
     "cures_ray.ledger": {"cures_ray.curriculum", "cures_ray.data"},
     "cures_ray.data": set(),
+    "cures_ray.evaluation": set(),
     "cures_ray.verify": set(),
     "cures_ray.learning": set(),
-    "cures_ray.loop": {"cures_ray.learning"},
+    "cures_ray.loop": {"cures_ray.learning", "cures_ray.evaluation"},
     "cures_ray.run": {"cures_ray.data", "cures_ray.verify"},
     "cures_ray.synthetic": set(),
     "actors": LIBRARY | {"actors.weights"},
