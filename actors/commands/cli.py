@@ -82,6 +82,18 @@ def _ledger(argv: list[str]) -> int:
     return report(argv)
 
 
+def _top(argv: list[str]) -> int:
+    from cures_ray.run.top import main as top
+
+    return top(argv)
+
+
+def _report(argv: list[str]) -> int:
+    from cures_ray.run.report import main as report
+
+    return report(argv)
+
+
 def _doctor(argv: list[str]) -> int:
     from actors.commands.doctor import main as doctor
 
@@ -99,6 +111,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "prepare": (_prepare, "make a synthetic task and a small base model, or get a real one: prepare smollm2"),
     "eval": (_eval, "held-out accuracy of a model folder, with plain vLLM"),
     "ledger": (_ledger, "what the curriculum of a run did, and would have done"),
+    "top": (_top, "watch a run, with what is wrong and what to do"),
+    "report": (_report, "one page about a run: verdict, curves, beliefs, samples, settings"),
     "bench": (_bench, "run a benchmark"),
     "doctor": (_doctor, "check versions, accelerator, Ray, paths and verifier"),
 }

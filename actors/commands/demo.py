@@ -62,9 +62,6 @@ def demo(seed: int, folder: Path, config_path: Path, overrides: list[str]) -> di
     data = summary.as_json() | {"seconds_setup": round(setup, 1), "seconds": round(time.monotonic() - began, 1)}
     (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
     print(ending(summary))
-    from cures_ray.run.picture import draw_run
-
-    print(f"  picture: {draw_run(folder)}")
     print(f"demo: {data['seconds']} s in all")
     return data
 

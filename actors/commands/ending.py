@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster.launch import RunSummary
+from cures_ray.run.report import write_report
 
 
 def ending(summary: RunSummary) -> str:
@@ -22,15 +23,25 @@ def ending(summary: RunSummary) -> str:
     if summary.exported:
         lines += [f"exported model   {summary.exported}   (AutoModelForCausalLM.from_pretrained, vllm.LLM)"]
     lines += [
+        f"report           {_report(run_dir)}",
         f"summary          {run_dir / 'summary.json'}",
         f"TensorBoard log  {run_dir / 'tensorboard'}",
         "",
         "look further:",
         f"  {command('tensorboard')} --logdir {run_dir / 'tensorboard'}",
+        f"  {command('cures')} top {run_dir} --once",
         f"  {command('cures')} ledger {run_dir}",
         f"  {command('cures')} ledger {run_dir} --replay tau=0.05",
     ]
     return "\n".join(lines)
+
+
+def _report(run_dir: Path) -> str:
+    """Write the run's page; where it is, or why there is none."""
+    try:
+        return f"{write_report(run_dir)}   (open it in a browser)"
+    except Exception as error:  # a page that cannot be drawn must not hide that the run is done
+        return f"could not be written: {type(error).__name__}: {error}"
 
 
 def accuracy_lines(data: dict[str, Any]) -> list[str]:

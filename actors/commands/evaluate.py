@@ -102,15 +102,16 @@ def main(argv: list[str]) -> int:
         tasks = make_tasks(args, model, names, [*args.overrides, *loose])  # before any engine starts
         results[model], per_prompt[model] = evaluate(model, tasks, args.out)
         identities += [task.identity() for task in tasks]
+    tests = paired(args.models, per_prompt)
     report = {
         "evaluations": identities,
         "versions": versions(),
         "scores": {model: {name: asdict(s) for name, s in by_set.items()} for model, by_set in results.items()},
-        "paired": paired(args.models, per_prompt),
+        "paired": tests,
     }
     for path in [args.out / "result.json", *([args.json] if args.json else [])]:
         path.write_text(json.dumps(report, indent=1) + "\n")
-    show(results, report["paired"])
+    show(results, tests)
     if len(args.models) > 1:
         draw(results, args.out / "comparison.png")
     return 0

@@ -5,7 +5,7 @@ import numpy as np
 from fakes import small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cures_ray.run.picture import draw_run, read_metrics
+from cures_ray.run.health import read_records
 from cures_ray.run.sinks import ProgressView, RunLog
 
 RECORD = {"rollout/reward": 0.5, "staleness/mean": 0.25, "curriculum/tau": 0.1, "accounting/in_flight": 64.0}
@@ -46,14 +46,7 @@ def test_a_resumed_run_continues_its_log(tmp_path):
         log = RunLog(small_config(), tmp_path, io.StringIO())
         log.step(step, RECORD, {})
         log.close()
-    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
-
-
-def test_a_run_has_a_picture(tmp_path):
-    log = RunLog(small_config(), tmp_path, io.StringIO())
-    log.step(1, RECORD | {"eval/greedy_accuracy": 0.2}, {})
-    log.close()
-    assert draw_run(tmp_path).read_bytes().startswith(b"\x89PNG")
+    assert [r["step"] for r in read_records(tmp_path)] == [1, 2]
 
 
 def test_batches_without_anything_to_learn_are_said_once(tmp_path):

@@ -14,7 +14,7 @@ from fakes import small_config
 from cures_ray.messages import ConfigError
 from cures_ray.run.checkpoint import CheckpointStore
 from cures_ray.run.folder import claim
-from cures_ray.run.picture import read_metrics
+from cures_ray.run.health import read_records
 from cures_ray.run.sinks import RunLog
 
 
@@ -93,7 +93,7 @@ def test_no_step_is_in_the_log_twice_after_a_resume(tmp_path):
         file.writelines(json.dumps({"version": v, "prompt_id": "a"}) + "\n" for v in (0, 4, 5))
         file.write('{"version": 6, "pro')
     run(tmp_path, 4, 7)  # the checkpoint of step 4
-    records = read_metrics(tmp_path)
+    records = read_records(tmp_path)
     assert [r["step"] for r in records if "rollout/reward" in r] == [1, 2, 3, 4, 5, 6, 7]
     assert [r["step"] for r in records if "eval/greedy_accuracy" in r] == [0, 4]
     assert [json.loads(line)["version"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [0, 4]
@@ -105,7 +105,7 @@ def test_a_first_version_that_is_evaluated_again_is_logged_once(tmp_path):
     run(tmp_path, 0, 4)
     for _ in range(2):
         run(tmp_path, 4, 4)
-    assert [r["step"] for r in read_metrics(tmp_path) if "eval/greedy_accuracy" in r] == [0, 4]
+    assert [r["step"] for r in read_records(tmp_path) if "eval/greedy_accuracy" in r] == [0, 4]
 
 
 def test_a_resume_from_a_path_keeps_what_it_writes_and_auto_goes_on_with_its_branch(tmp_path):
