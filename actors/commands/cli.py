@@ -94,6 +94,12 @@ def _report(argv: list[str]) -> int:
     return report(argv)
 
 
+def _dashboard(argv: list[str]) -> int:
+    from actors.commands.dashboard import main as dashboard
+
+    return dashboard(argv)
+
+
 def _doctor(argv: list[str]) -> int:
     from actors.commands.doctor import main as doctor
 
@@ -113,6 +119,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "ledger": (_ledger, "what the curriculum of a run did, and would have done"),
     "top": (_top, "watch a run, with what is wrong and what to do"),
     "report": (_report, "one page about a run: verdict, curves, beliefs, samples, settings"),
+    "dashboard": (_dashboard, "Prometheus and Grafana for a Ray cluster, with the board of a run"),
     "bench": (_bench, "run a benchmark"),
     "doctor": (_doctor, "check versions, accelerator, Ray, paths and verifier"),
 }
