@@ -17,9 +17,18 @@ from typing import Any
 
 import numpy as np
 import ray
+from safetensors import SafetensorError
 
 from cures_ray.config import Config
-from cures_ray.messages import PayloadsLost, RolloutGroup, StepReport, TrainingBatch, TrainingGroup, WeightUpdate
+from cures_ray.messages import (
+    CheckpointError,
+    PayloadsLost,
+    RolloutGroup,
+    StepReport,
+    TrainingBatch,
+    TrainingGroup,
+    WeightUpdate,
+)
 
 PAYLOAD_SECONDS = 120.0  # deadline of fetching the payloads of one batch
 
@@ -172,26 +181,44 @@ class LearnerRank:
         send_weights(self.engine.module.lm, update.info, rank=self.rank, zero_stage=stage)
 
     def save(self, folder: Path) -> None:
-        """This rank's share of model and optimizer into ``folder``, on a file system that all ranks share.
+        """This rank's share of model and optimizer into ``folder``, on a file system that all ranks share; rank 0 also
+        writes the model as ``export`` does, so that `cures export` needs neither the ranks nor their number.
 
         Raises:
             CheckpointError: the folder cannot be written.
         """
         from actors.deepspeed_engine import save_state
 
+        model = self._model()  # a collective: before anything that can fail on one rank alone
         save_state(self.engine, folder)
+        try:
+            self._write(folder / "model", *model)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"learner rank {self.rank} could not write the model to {folder}: {error}; free space there, or choose "
+                f"another checkpoint.dir"
+            ) from error
 
     def export(self, folder: Path) -> None:
         """A plain Hugging Face folder with weights, config and tokenizer; with LoRA the merged weights, and the
         adapters in its sub-folder ``adapter``."""
+        self._write(folder, *self._model())
+
+    def _model(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Weights and adapters by name, whole; only rank 0's are used."""
+        from actors.deepspeed_engine import gather
+        from cures_ray.learning.lora import adapter_tensors
+
+        lm = self.engine.module.lm
+        adapters = adapter_tensors(lm, gather) if self.config.learner.zero_stage == 3 else adapter_tensors(lm)
+        return self._weights(), adapters
+
+    def _write(self, folder: Path, tensors: dict[str, Any], adapters: dict[str, Any]) -> None:
         from transformers import AutoTokenizer
 
-        from actors.deepspeed_engine import gather
-        from cures_ray.learning.lora import adapter_tensors, save_adapter
+        from cures_ray.learning.lora import save_adapter
 
         model, lm = self.config.model, self.engine.module.lm
-        tensors = self._weights()
-        adapters = adapter_tensors(lm, gather) if self.config.learner.zero_stage == 3 else adapter_tensors(lm)
         if self.rank == 0:
             lm.save_pretrained(folder, state_dict=tensors)
             AutoTokenizer.from_pretrained(

@@ -31,7 +31,7 @@ from cures_ray.ledger.prompts import write_prompts
 from cures_ray.loop.driver import Driver, Ports
 from cures_ray.loop.evaluate import Evaluator
 from cures_ray.loop.sample_log import SampleLog
-from cures_ray.messages import Accounting, ConfigError
+from cures_ray.messages import Accounting, ConfigError, RunError
 from cures_ray.run.checkpoint import CheckpointStore, step_of
 from cures_ray.run.preflight import Inputs, prepare_inputs
 from cures_ray.run.sinks import RunLog
@@ -60,6 +60,8 @@ class RunSummary:
 
     def as_json(self) -> dict[str, Any]:
         first, last = (self.evaluations[0][1], self.evaluations[-1][1]) if self.evaluations else ({}, {})
+        if len(self.evaluations) == 1:  # not a before and an after
+            first, last = (first, {}) if self.evaluations[0][0] == 0 else ({}, last)
         prefix = "eval/greedy_accuracy/level_"
         return {
             "held_out_accuracy_before": first.get("eval/greedy_accuracy"),
@@ -196,8 +198,13 @@ class Run:
             steps=self.config.trainer.steps,
         )
         if self.config.checkpoint.export_final:
-            summary.exported = self.inputs.run_dir / "model"
-            await ports.learner.export(summary.exported)
+            target = self.inputs.run_dir / "model"
+            try:
+                await ports.learner.export(target)
+                summary.exported = target
+            except RunError as error:  # everything is in the last checkpoint
+                again = f"cures export {self.inputs.run_dir} --out {target}-again"
+                self.log.note(f"the model could not be exported ({error}); repeat it with: {again}")
         path = self.inputs.run_dir / "summary.json"
         path.write_text(json.dumps(summary.as_json(), indent=1) + "\n")
         return summary

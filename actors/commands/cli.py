@@ -76,6 +76,12 @@ def _eval(argv: list[str]) -> int:
     return evaluate(argv)
 
 
+def _export(argv: list[str]) -> int:
+    from actors.commands.export import main as export
+
+    return export(argv)
+
+
 def _ledger(argv: list[str]) -> int:
     from cures_ray.ledger.report import main as report
 
@@ -116,6 +122,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train from a configuration"),
     "prepare": (_prepare, "make a synthetic task and a small base model, or get a real one: prepare smollm2"),
     "eval": (_eval, "held-out accuracy of a model folder, with plain vLLM"),
+    "export": (_export, "the model of a checkpoint as a Hugging Face folder"),
     "ledger": (_ledger, "what the curriculum of a run did, and would have done"),
     "top": (_top, "watch a run, with what is wrong and what to do"),
     "report": (_report, "one page about a run: verdict, curves, beliefs, samples, settings"),

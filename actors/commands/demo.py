@@ -16,6 +16,7 @@ from actors.commands.cli import main as cures
 from actors.commands.ending import ending
 from cures_ray.config_load import load_config
 from cures_ray.messages import RunError
+from cures_ray.run.folder import Lock
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
@@ -40,6 +41,7 @@ def demo(seed: int, folder: Path, config_path: Path, overrides: list[str]) -> di
     began = time.monotonic()
     base = folder / "base"
     if folder.exists():
+        Lock(folder / "lock").release()  # not under a run that is using it
         print(f"demo: {folder} is made anew")
         shutil.rmtree(folder)
     print(f"demo: a small base model and its task, seed {seed} -> {base}", flush=True)

@@ -13,13 +13,15 @@ from cures_ray.run.report import write_report
 def ending(summary: RunSummary) -> str:
     """The last lines of ``cures train``."""
     data, run_dir = summary.as_json(), summary.run_dir
-    lines = ["", *accuracy_lines(data), "", f"rollouts: {summary.accounting.line()}", ""]
-    lines += [f"training took {summary.seconds_training:.0f} s after {summary.seconds_start:.0f} s of start-up"]
+    lines = [""]
     if summary.interrupted_at is not None:
         lines += [
-            f"interrupted at step {summary.interrupted_at} of {summary.steps}, with a checkpoint: the same command "
-            f"continues"
+            f"interrupted after {summary.interrupted_at} of {summary.steps} steps, with a checkpoint: the same command "
+            f"continues",
+            "",
         ]
+    lines += [*accuracy_lines(data), "", f"rollouts: {summary.accounting.line()}", ""]
+    lines += [f"training took {summary.seconds_training:.0f} s after {summary.seconds_start:.0f} s of start-up"]
     if summary.exported:
         lines += [f"exported model   {summary.exported}   (AutoModelForCausalLM.from_pretrained, vllm.LLM)"]
     lines += [
@@ -45,15 +47,23 @@ def _report(run_dir: Path) -> str:
 
 
 def accuracy_lines(data: dict[str, Any]) -> list[str]:
-    """Held-out greedy accuracy before and after, in all and by level."""
-    before, after = data["held_out_accuracy_before"], data["held_out_accuracy_after"]
-    if after is None:
+    """Held-out greedy accuracy before and after, in all and by level; of one evaluation only what it measured."""
+    measured = data["evaluations"]
+    if not measured:
         return ["no held-out evaluation was made (data.eval, eval.interval)"]
-    lines = [f"{'held-out accuracy':<20}{'before':>8}{'after':>8}{'gain':>8}"]
-    rows = [("all", before, after)]
+    last = measured[-1]["version"]
+    if len(measured) == 1:
+        accuracy = measured[0]["eval/greedy_accuracy"]
+        return [f"held-out accuracy {accuracy:.3f} after step {last}; measured once, so no gain is known"]
+    rows = [("all", data["held_out_accuracy_before"], data["held_out_accuracy_after"])]
     rows += [(f"level {k}", v["before"], v["after"]) for k, v in data["by_level"].items()]
-    for name, first, last in rows:
-        lines.append(f"{name:<20}{_number(first)}{_number(last)}{_number(_gain(first, last), '+')}")
+    lines = [f"{'held-out accuracy':<20}{'before':>8}{'after':>8}{'gain':>8}"]
+    for name, first, latest in rows:
+        lines.append(f"{name:<20}{_number(first)}{_number(latest)}{_number(_gain(first, latest), '+')}")
+    if data["interrupted_at"] is not None and last < data["interrupted_at"]:
+        lines.append(
+            f"after: as measured after step {last}; steps {last + 1} to {data['interrupted_at']} are not in it"
+        )
     return lines
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.cluster.launch import train
 from actors.cluster.placement import Placement
+from actors.commands.cli import main as cures
 from cures_ray.config import Config
 from cures_ray.messages import ConfigError
 from cures_ray.run.checkpoint import CheckpointStore, step_of
@@ -107,6 +108,10 @@ def test_a_run_through_all_real_actors_conserves_survives_a_kill_and_resumes(bas
 
     folder, problems = CheckpointStore(run_dir).newest_intact()
     assert step_of(folder) == 6 and not problems
+    assert cures(["export", str(run_dir), "--out", str(tmp_path / "exported")]) == 0  # without Ray
+    again = load_file(tmp_path / "exported" / "model.safetensors")
+    assert after and all(torch.equal(again[k], after[k]) for k in after)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "exported").config.vocab_size == model.config.vocab_size
     again = {"trainer": {"steps": 8}, "rollout": {"num_generators": 1}, "placement": {"use_gpu": "auto"}}
     resumed = train(small_run(base, run_dir, **again))  # on Ray's GPUs, which are logical ones here
     assert [r["step"] for r in records(run_dir) if "rollout/reward" in r] == list(range(1, 9))

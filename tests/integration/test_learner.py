@@ -143,6 +143,8 @@ def test_a_resumed_learner_is_bit_identical(world, tmp_path, ranks, stage):
     group = world.build(ranks, **settings)
     world.train(group, world.batches[:1])
     asyncio.run(group.save(tmp_path))
+    saved, stored = publish(group)[1], load_file(tmp_path / "model" / "model.safetensors")  # what `cures export` copies
+    assert stored and all(torch.equal(stored[k], saved[k]) for k in stored)
     onward = world.train(group, world.batches[1:])[0]
     weights = publish(group)[1]
     group = world.build(ranks, resume=tmp_path, **settings)
