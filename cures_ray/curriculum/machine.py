@@ -87,6 +87,7 @@ class Curriculum:
         self._held: dict[int, tuple[Batch, Held]] = {}
         self._queue: list[int] = []  # heap of OPEN lease ids
         self.metrics: dict[str, float] = {}  # of the last committed batch
+        self.endings: list[tuple[Held, tuple[int, dict[Discard, int]]]] = []  # its leases: trained, discarded
         self.histograms: dict[str, np.ndarray] = {}
         self.seconds = 0.0  # in curriculum code since the last commit
 
@@ -293,6 +294,7 @@ class Curriculum:
                 self._discard(reason, count)
                 self.accounting.in_flight -= count
             del self._held[held.lease.lease_id]
+        self.endings = list(zip(batch.leases, endings, strict=True))
         prompt_of = {held.lease.lease_id: held.lease.prompt_index for held in batch.leases}
         statistics = [g for g in report.gradient_statistics if g.lease_id in prompt_of]
         self.pool.observe_gradients([prompt_of[g.lease_id] for g in statistics], statistics)

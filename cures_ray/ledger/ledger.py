@@ -11,6 +11,7 @@ its number (its answer was lost) gets the same leases again.
     RUN/ledger/snapshot-000002/      everything up to journal 2 (snapshot.py); snapshot 0 is an empty curriculum
     RUN/ledger/journal-000002.log    the calls since then (journal.py)
     RUN/ledger/history.jsonl         one line a committed batch: what `cures ledger` shows
+    RUN/ledger/leases-000002.jsonl   one line a lease (lease_log.py)
     RUN/ledger/session               the start of the run that may write here
 
 After ``curriculum.snapshot_every`` commits a snapshot begins a new journal and the generation before the last one is
@@ -32,6 +33,7 @@ from cures_ray.config import Config
 from cures_ray.curriculum.batches import digest
 from cures_ray.curriculum.machine import Curriculum
 from cures_ray.ledger.journal import Journal, JournalError, read, read_header
+from cures_ray.ledger.lease_log import LeaseLog, log_path
 from cures_ray.messages import (
     Accounting,
     BatchPlan,
@@ -107,6 +109,7 @@ class Ledger:
         self.curriculum = load_generation(self.folder, generation, self.config, *self._table)
         self._answers = {w: (n, [(k[0], k[1]) for k in keys]) for w, (n, keys) in header["answers"].items()}
         trim_history(self.folder, self.curriculum.committed)
+        self._leases = LeaseLog(log_path(self.folder, generation))
         for _, record in read(journal_path(self.folder, generation)):
             committed = self.curriculum.committed
             self._remember(record, apply(self.curriculum, record))
@@ -143,7 +146,9 @@ class Ledger:
         before = self.curriculum.accounting.planned
         self.curriculum.give_back(keys, reason)
         if self.curriculum.accounting.planned != before:
-            self._append(["give_back", [list(key) for key in keys], reason.value])
+            record = ["give_back", [list(key) for key in keys], reason.value]
+            self._append(record)
+            self._remember(record, None)
 
     def plan(self, batch: int) -> BatchPlan | None:
         return self.curriculum.plan(batch)
@@ -153,7 +158,9 @@ class Ledger:
         before = self.curriculum.committed
         accounting = self.curriculum.commit(report)
         if self.curriculum.committed > before:
-            self._append(encode_commit(report))
+            record = encode_commit(report)
+            self._append(record)
+            self._remember(record, accounting)
             self._write_history(report.batch)
             if self.curriculum.committed % self.config.curriculum.snapshot_every == 0:
                 self.compact()
@@ -167,13 +174,14 @@ class Ledger:
 
     def compact(self) -> None:
         """Snapshot, new journal, remove the generation before the last."""
-        self._journal.close()
+        self.close()
         self.generation += 1
         self._open_generation()
         self._prune(KEPT_GENERATIONS)
 
     def close(self) -> None:
         self._journal.close()
+        self._leases.close()
 
     # -- files -----------------------------------------------------------------------------------------
 
@@ -194,6 +202,7 @@ class Ledger:
     def _remember(self, record: list[Any], answer: Any) -> None:
         if record[0] == "lease":
             self._answers[record[1]] = (record[4], [(lease.lease_id, lease.attempt) for lease in answer])
+        self._leases.see(record, answer, self.curriculum)
 
     def _open_generation(self) -> None:
         """Snapshot the curriculum as ``generation`` and begin its journal: complete once the journal has its header."""
@@ -214,6 +223,7 @@ class Ledger:
         temporary_log.unlink(missing_ok=True)
         self._journal = Journal(temporary_log, header, sync=self._sync)
         temporary_log.rename(path)
+        self._leases = LeaseLog(log_path(self.folder, self.generation))
 
     def _prune(self, kept: int) -> None:
         for number in generations(self.folder)[:-kept]:

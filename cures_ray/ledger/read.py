@@ -20,9 +20,12 @@ from pydantic import ValidationError
 from cures_ray.config import Config
 from cures_ray.curriculum.machine import Curriculum
 from cures_ray.ledger.journal import JournalError, read, read_header
+from cures_ray.ledger.lease_log import COLUMNS, LeaseLog, find_lease
 from cures_ray.ledger.ledger import apply, generations, journal_path, load_generation
 from cures_ray.ledger.prompts import Prompts, read_prompts
 from cures_ray.messages import ConfigError
+
+After = Callable[[list[Any], Any], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,15 +52,14 @@ class Run:
         except ValueError as error:
             raise ConfigError(f"{error}; the history remains: {self.ledger}/history.jsonl") from None
 
-    def play(self, generation: int, curriculum: Curriculum, after: Callable[[Any], None] = lambda record: None) -> str:
-        """Apply the journal of ``generation``; ``after`` sees each applied record. Returns what ended it early, or
-        "": the records before are applied then."""
+    def play(self, generation: int, curriculum: Curriculum, after: After = lambda record, answer: None) -> str:
+        """Apply the journal of ``generation``; ``after`` sees each record and its answer. Returns what ended it early,
+        or "": the records before are applied then."""
         path = journal_path(self.ledger, generation)
         offset = 0
         try:
             for offset, record in read(path):  # noqa: B007 (offset is used when applying fails)
-                apply(curriculum, record)
-                after(record)
+                after(record, apply(curriculum, record))
         except (JournalError, OSError) as error:
             return str(error)
         except (ValueError, AssertionError, LookupError, TypeError) as error:
@@ -116,3 +118,25 @@ def current(run: Run) -> tuple[Curriculum, str]:
         problem += f"; what is shown as now is the state before that record, {curriculum.committed} batches in"
     _ = curriculum.pool.belief  # count the evidence that is still waiting
     return curriculum, problem
+
+
+def lease_life(run: Run, lease_id: int) -> dict[str, Any]:
+    """All that is known of a lease, by the names of ``lease_log.COLUMNS``, with its ``state``.
+
+    Raises:
+        ConfigError: there is no such lease.
+    """
+    life = find_lease(run.ledger, lease_id)
+    if life is not None:
+        return life | {"state": "committed"}
+    newest = generations(run.ledger)[-1]
+    curriculum, log = run.load(newest), LeaseLog()
+    problem = run.play(newest, curriculum, lambda record, answer: log.see(record, answer, curriculum))
+    for number, batch in curriculum.batches.items():
+        for held in batch.leases:
+            if held.lease.lease_id == lease_id:
+                return dict(zip(COLUMNS, log.line(held, number, 0, {}), strict=True)) | {"state": held.state}
+    raise ConfigError(
+        f"{run.folder} has no lease {lease_id}: {curriculum.next_lease} are planned so far, from 0 on"
+        + (f"; {problem}" if problem else "")
+    )

@@ -135,7 +135,7 @@ def replay(run: Run, overrides: Sequence[Sequence[str]]) -> Replay:
     history = {line["batch"]: line for line in run.history}
     curriculum: Curriculum | None = None
 
-    def check(record: list[Any]) -> None:
+    def check(record: list[Any], answer: Any) -> None:
         if record[0] == "commit" and record[1] in history and curriculum is not None:
             line, old = history_line(curriculum, record[1]), history[record[1]]
             result.compared += 1

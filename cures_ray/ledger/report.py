@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pandas as pd
 from rich.table import Table
 
 from cures_ray.curriculum.machine import Curriculum
-from cures_ray.ledger.read import Run, current, open_run
+from cures_ray.ledger.read import Run, current, lease_life, open_run
 from cures_ray.ledger.replay import replay
 from cures_ray.ledger.tables import bars, quantiles, show, some, table, write_csv, write_json
 from cures_ray.messages import ConfigError
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, help="the run's folder (checkpoint.dir); it may be running")
     parser.add_argument("--top", type=int, default=10, help="prompts in each list (default 10)")
     parser.add_argument("--prompt", metavar="TEXT", help="only the prompts whose id begins with TEXT or that hold it")
+    parser.add_argument("--lease", type=int, metavar="NUMBER", help="the whole life of one lease, as a line of JSON")
     parser.add_argument("--csv", type=Path, metavar="FOLDER", help="also write tables as CSV files")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--no-plot", action="store_true", help="do not write RUN/ledger.png")
@@ -51,11 +53,22 @@ def main(argv: list[str]) -> int:
     if args.top < 0:
         raise ConfigError(f"--top {args.top}: a number of prompts, 0 or more")
     try:
+        if args.lease is not None:
+            return _lease(open_run(args.run), args.lease)
         problems = (_replay if args.replay else _report)(args)
     except OSError as error:
         raise ConfigError(f"{error.filename or args.run}: {error.strerror or error}") from None
     if problems:
         raise ConfigError("\n".join(problems))
+    return 0
+
+
+def _lease(run: Run, number: int) -> int:
+    life = lease_life(run, number)
+    row = life.pop("row")
+    names = {"prompt": f"{int(run.prompts.ids[row]):016x}", "text": run.prompts.shown["text"][row].as_py()}
+    life["attempts"] = [a and dict(zip(("worker", "version", "ended"), a, strict=True)) for a in life["attempts"]]
+    print(json.dumps(life | names, ensure_ascii=False))
     return 0
 
 

@@ -11,6 +11,7 @@ from test_ledger import CONFIGS, settlement, take
 
 from cures_ray.data.table import curriculum_columns, load_prompts
 from cures_ray.ledger.journal import read
+from cures_ray.ledger.lease_log import COLUMNS
 from cures_ray.ledger.ledger import Ledger, generations, journal_path
 from cures_ray.ledger.picture import draw_ledger
 from cures_ray.ledger.prompts import read_prompts, write_prompts
@@ -364,3 +365,54 @@ def test_quantiles_and_bars_describe_a_histogram():
     assert np.isnan(quantiles([0, 0])).all()
     assert bars([0, 1, 1000]) == " ▁█" and bars([]) == ""
     assert some(range(100), 5) == [0, 25, 50, 74, 99]
+
+
+def life(run, number: int, capsys) -> dict:
+    assert main([str(run), "--lease", str(number)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    return json.loads(line)
+
+
+def test_a_leases_whole_life_is_one_line_from_its_plan_to_its_end(tmp_path, capsys):
+    run = tmp_path / "run"
+    ledger = begin(run, **with_snapshots({}, 2))
+    first = ledger.lease("g0", 1, 0, call=0)[0]
+    new = life(run, first.lease_id, capsys)
+    assert (new["state"], new["batch"], new["n"], new["prompt"]) == ("leased", 0, first.n, first.prompt_id)
+    assert new["attempts"] == [{"worker": "g0", "version": 0, "ended": ""}] and "question" in new["text"]
+    ledger.give_back([(first.lease_id, 0)], Discard.LOST)
+    again = next(x for x in take(ledger, "g1", 0) if x.lease_id == first.lease_id)
+    rewards = np.array([1.0, *[0.0] * (first.n - 1)], np.float32)
+    fault = np.arange(first.n) == 1
+    ledger.settle(settlement(again, rewards, fault=fault, generate_seconds=1.5, verify_seconds=0.25))
+    assert life(run, first.lease_id, capsys)["state"] == "settled"
+    for lease_id, attempt in ledger.curriculum.leased_keys():
+        ledger.settle(settlement(ledger.curriculum.leased(lease_id, attempt)))
+    work(ledger, 1)
+    done = life(run, first.lease_id, capsys)
+    assert done["state"] == "committed" and done["attempt"] == 1
+    ends = [(a["worker"], a["ended"]) for a in done["attempts"]]
+    assert ends == [("g0", "lost"), ("g1", "settled")]
+    assert (done["generate_s"], done["verify_s"]) == (1.5, 0.25) and done["rewards"][:3] == [1.0, None, 0.0]
+    assert done["trained"] == first.n - 1 and done["discarded"] == {"verifier_fault": 1}
+    work(ledger, 9)
+    assert life(run, first.lease_id, capsys) == done, "its journal is gone, its life is kept"
+    with pytest.raises(ConfigError, match=r"has no lease 100000: \d+ are planned"):
+        main([str(run), "--lease", "100000"])
+
+
+def test_a_ledger_that_comes_back_has_the_same_lease_log_and_every_lease_ends_in_it_once(tmp_path):
+    run = tmp_path / "run"
+    ledger = begin(run, **with_snapshots({}, 3))
+    work(ledger, 8)
+    logs = sorted((run / "ledger").glob("leases-*.jsonl"))
+    before = [path.read_bytes() for path in logs]
+    with logs[-1].open("ab") as file:
+        file.write(b"[99")
+    Ledger(run / "ledger", ledger.config, *read_prompts(run / "ledger").columns)
+    assert [path.read_bytes() for path in logs] == before and len(before) == 3
+    lines = [json.loads(line) for text in before for line in text.splitlines()]
+    rows = [dict(zip(COLUMNS, line, strict=True)) for line in lines if line[0] != "lease"]
+    assert sorted(row["lease"] for row in rows) == list(range(len(rows)))
+    assert sum(row["trained"] for row in rows) == ledger.curriculum.accounting.trained
+    assert all(row["trained"] + sum(row["discarded"].values()) == row["n"] for row in rows)
