@@ -49,7 +49,8 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what a reward function prints
     limit = options["max_rss_mb"] << 20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if options["fn"] != "code":  # there each program has its own
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of a worker come here
     logging.disable(logging.ERROR)  # math-verify warns of its alarms being off, and quotes model outputs

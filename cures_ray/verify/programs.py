@@ -1,6 +1,6 @@
 r"""The code verifier: model-written Python against hidden tests, in a process that can do nothing but compute.
 
-    verify_child --(code, inputs)--> sandbox_child.py --fork--> limits, seccomp, exec(code)
+    verify.child --(code, inputs)--> sandbox_child.py --fork--> limits, seccomp, exec(code)
                  <----- outputs ----                            one process a run, killed at the deadline
 
 The gold (``answer``) is JSON, in one of two shapes. Call-based when there is a function name, else stdin to stdout:
@@ -14,13 +14,16 @@ it), or is one expression of the arguments, ``x`` unless the gold says ``"parame
 
 Correct: every test gives the expected value (floats to 1e-6, relative; tuples are lists; text without trailing
 spaces). Expected values stay outside the sandbox. Incorrect: a wrong value, an exception, too much CPU time, memory or
-output, a forbidden system call. Fault: an unreadable gold, or a wall deadline without the CPU time spent (an
-overloaded machine or a program that waits; nothing was learned about the answer).
+output, waiting without end, a forbidden system call. Fault: an unreadable gold, or a wall deadline at which the
+program had queued for a processor (an overloaded machine: nothing was learned about the answer).
+
+Programs may import the usual standard modules, numpy and sympy. What they write to standard error is not output.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -40,7 +43,7 @@ from cures_ray.verify.mathematics import correct, fault, incorrect
 
 CPU_SHARE = 0.3  # of the wall limit of an item: a loop ends by processor time also on a busy machine
 WALL_SHARE = 0.9
-START_SECONDS = 20.0
+START_SECONDS = 60.0  # imports sympy
 MAX_CODE_CHARS = 100_000
 FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 PROGRAM_START = re.compile(r"^(?:def |class |import |from |async def |@)", re.MULTILINE)
@@ -139,11 +142,11 @@ class Sandbox:
         self.close()
         child = Path(__file__).with_name("sandbox_child.py")
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(child)],
+            [sys.executable, "-I", "-S", "-B", str(child), *_package_folders()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={},
+            env={"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             bufsize=-1,
         )
         self._rest = b""
@@ -174,6 +177,13 @@ class Sandbox:
             self._process = None
 
 
+@lru_cache(maxsize=1)
+def _package_folders() -> list[str]:
+    """Where numpy and sympy lie, for programs that import them."""
+    found = (importlib.util.find_spec(name) for name in ("numpy", "sympy"))
+    return sorted({str(Path(spec.origin).parents[1]) for spec in found if spec is not None and spec.origin})
+
+
 def verify_code(
     completion: str, answer: str, sandbox: Sandbox, timeout_s: float = 5.0, format_reward: float = 0.0
 ) -> Verdict:
@@ -191,12 +201,13 @@ def verify_code(
     except SandboxError as error:
         return fault(f"sandbox: {error}")
     why = runs[-1]["why"]
-    if why == "wall":
-        return fault(f"no end within {WALL_SHARE * timeout_s:.3g} s, but the processor time was not used up")
+    if why == "starved":
+        return fault(f"no end within {WALL_SHARE * timeout_s:.3g} s, and the program did not get its processor time")
     if why == "SIGKILL":
         return fault("the program was killed from outside")
     if why:
         reasons = {"cpu": f"more than {CPU_SHARE * timeout_s:.3g} s of processor time", "output": "too much output"}
+        reasons["waits"] = f"no end within {WALL_SHARE * timeout_s:.3g} s: it waits, with processor time left"
         return incorrect(reasons.get(why, f"ended by {why}"), format_reward)
     wrong = _wrong_call(runs[0]["output"], tests) if tests.entry is not None else _wrong_text(runs, tests)
     return correct(f"{len(tests.inputs)} tests passed") if wrong is None else incorrect(wrong, format_reward)

@@ -1,4 +1,5 @@
-"""Runs hostile programs; started by ``sandbox.py`` as ``python -I -S sandbox_child.py``, standard library only.
+"""Runs hostile programs; started by ``programs.py`` as ``python -I -S sandbox_child.py FOLDER...``. The folders
+hold numpy and sympy; beside these two, standard library only.
 
 One JSON request a line in, one JSON reply a line out. For each run it forks; the fork takes its limits, then gives up
 the system calls that it does not need, then executes the program. The parent only reads bytes and keeps the time.
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import platform
@@ -20,26 +22,41 @@ import sys
 import tempfile
 import time
 
-PRELOADED = (
-    "abc array bisect calendar cmath collections collections.abc contextlib copy dataclasses datetime decimal enum "
-    "fractions functools hashlib heapq io itertools json math numbers operator queue random re statistics string "
-    "textwrap time traceback types typing unicodedata _strptime encodings.ascii encodings.latin_1 encodings.idna"
+PRELOADED = (  # what programs may import: nothing can be opened later
+    "abc argparse array ast base64 binascii bisect builtins calendar cmath codecs collections collections.abc "
+    "concurrent.futures concurrent.futures.thread contextlib contextvars copy copyreg csv dataclasses datetime decimal difflib enum fileinput "
+    "fractions functools gc getopt graphlib hashlib heapq hmac html inspect io itertools json keyword linecache locale "
+    "logging math numbers operator os os.path pathlib pickle pprint queue random re reprlib sched secrets select "
+    "shlex signal stat statistics string struct sys tempfile textwrap threading time timeit token tokenize traceback "
+    "types typing unicodedata unittest uuid warnings weakref zlib zoneinfo "
+    "_strptime encodings.ascii encodings.latin_1 encodings.idna"
 )
+PACKAGES = {  # package -> what makes it load the parts that it would otherwise look for later
+    "numpy": "import numpy as n, numpy.linalg, numpy.random, numpy.fft, numpy.polynomial, numpy.ma\n"
+    "str(n.linalg.inv(n.eye(2))); n.random.default_rng(0).normal(); n.fft.fft([1.0, 2.0]); n.array(['a', 'b'])",
+    "sympy": "import sympy as s\nx, k = s.symbols('x k')\n"
+    "s.solve(x**2 - 2, x); s.solve([x - k, x + k - 2]); s.integrate(s.sin(x) * x, (x, 0, 1)); str(s.simplify(x / x))\n"
+    "s.limit(s.sin(x) / x, x, 0); s.summation(k, (k, 1, x)); s.factorint(360); s.isprime(97); s.factor(x**2 - 1)\n"
+    "s.series(s.exp(x), x, 0, 3); s.latex(x); s.sympify('x + 1/2'); s.Matrix([[1, 2], [3, 4]]).eigenvals()\n"
+    "s.lambdify(x, x + 1)(1); s.nsolve(x**2 - 2, 1); s.Rational(1, 3).evalf(); s.divisors(12); s.diophantine(x - k)",
+}
+STARVED_SHARE = 0.25  # of the wall limit spent in the queue for a processor: a busy machine, no verdict
 MAX_OUTPUT = 1 << 20  # bytes of one run
 CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 1, 38, 22
 NOBODY = 65534
 
 # x86-64 system calls that computing needs: memory, time, open descriptors, its own signals and exit. Not among them:
-# open, socket, clone, fork, execve, kill, ptrace, prctl, setrlimit, unlink, nanosleep, ...
+# open, stat, socket, clone, fork, execve, kill, ptrace, prctl, setrlimit, unlink, nanosleep, ...
 ALLOWED = {
     "read": 0, "write": 1, "close": 3, "fstat": 5, "lseek": 8, "mmap": 9, "mprotect": 10, "munmap": 11,
     "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "pread64": 17, "readv": 19, "writev": 20,
     "sched_yield": 24, "mremap": 25, "madvise": 28, "getpid": 39, "exit": 60, "getcwd": 79, "gettimeofday": 96,
     "getrlimit": 97, "getrusage": 98, "times": 100, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108,
     "sigaltstack": 131, "gettid": 186, "time": 201, "futex": 202, "restart_syscall": 219, "clock_gettime": 228,
-    "clock_getres": 229, "exit_group": 231, "newfstatat": 262, "set_robust_list": 273, "getrandom": 318, "rseq": 334,
+    "clock_getres": 229, "exit_group": 231, "set_robust_list": 273, "getrandom": 318, "rseq": 334,
 }  # fmt: skip
+NEWFSTATAT, AT_EMPTY_PATH = 262, 0x1000  # of an open descriptor, which has the second as its flag, not of a path
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -56,10 +73,12 @@ def install_seccomp() -> str:
     """Allow ``ALLOWED``, answer EPERM to every other system call; irrevocable. Returns "" or what went wrong."""
     if platform.machine() != "x86_64" or sys.platform != "linux":
         return f"no system call table for {sys.platform} {platform.machine()}"
-    load, equal, at_least, ret = 0x20, 0x15, 0x35, 0x06
+    load, equal, at_least, has_bit, ret = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000
     calls = sorted(ALLOWED.values())
     program = [(load, 0, 0, 4), (equal, 1, 0, 0xC000003E), (ret, 0, 0, kill), (load, 0, 0, 0)]
+    program += [(equal, 0, 4, NEWFSTATAT), (load, 0, 0, 16 + 3 * 8), (has_bit, 0, 1, AT_EMPTY_PATH)]
+    program += [(ret, 0, 0, allow), (ret, 0, 0, refuse)]
     program.append((at_least, len(calls), 0, 0x40000000))  # the x32 numbers
     program += [(equal, len(calls) - i, 0, number) for i, number in enumerate(calls)]
     program += [(ret, 0, 0, refuse), (ret, 0, 0, allow)]
@@ -77,21 +96,32 @@ def install_audit_hook() -> None:
     def hook(event: str, arguments: tuple) -> None:
         if event == "open":
             path, _, flags = arguments
-            inside = isinstance(path, str) and path.startswith(os.path.dirname(os.__file__))
+            inside = path == 0 or (isinstance(path, str) and path.startswith(os.path.dirname(os.__file__)))
             if not inside or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
                 raise PermissionError(f"the sandbox does not open {path!r}")
         elif event.startswith(refused) and event not in ("os.listdir", "os.scandir"):
             raise PermissionError(f"the sandbox does not allow {event}")
 
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("the sandbox does not look at files")
+
+    for module in (os, sys.modules["posix"]):  # no audit event tells of these
+        for name in ("stat", "lstat", "access", "statvfs", "readlink"):
+            setattr(module, name, refuse)
     sys.addaudithook(hook)
 
 
 def limit(cpu_s: float, memory_mb: int) -> None:
-    """CPU seconds (SIGPROF, then SIGKILL), address space, processes, file size, descriptors, no core file."""
+    """CPU seconds (SIGPROF, then SIGKILL), memory beyond what is loaded, processes, file size, descriptors, no core."""
     whole = int(cpu_s) + 1
+    with open("/proc/self/statm") as statm:
+        address_space = int(statm.read().split()[0]) * resource.getpagesize() + (memory_mb << 20)
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if hard != resource.RLIM_INFINITY:
+        address_space = min(address_space, hard)
     for what, soft, hard in (
         (resource.RLIMIT_CPU, whole, whole + 1),
-        (resource.RLIMIT_AS, memory_mb << 20, memory_mb << 20),
+        (resource.RLIMIT_AS, address_space, address_space),
         (resource.RLIMIT_NPROC, 0, 0),
         (resource.RLIMIT_FSIZE, 0, 0),
         (resource.RLIMIT_NOFILE, 16, 16),
@@ -108,7 +138,8 @@ def run_program(request: dict, call_inputs: list | None, out: int) -> None:
     os.setpgid(0, 0)
     os.environ.clear()
     sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
-    sys.stdout = sys.stderr = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     sys.argv = ["program"]
     limit(request["cpu_s"], request["memory_mb"])
     if not request["seccomp"] or install_seccomp():
@@ -175,7 +206,7 @@ def run(request: dict, stdin: str, call_inputs: list | None, deadline: float) ->
     chunks, size, why = [], 0, ""
     while not why:
         if not select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            why = "wall"
+            why = _late(pid, request["wall_s"])
         elif not (chunk := os.read(reader, 1 << 16)):
             break
         else:
@@ -184,7 +215,7 @@ def run(request: dict, stdin: str, call_inputs: list | None, deadline: float) ->
             why = "output" if size > MAX_OUTPUT else ""
     os.close(reader)
     if not why:
-        why = _wait(pid, deadline)
+        why = _wait(pid, deadline, request)
     with contextlib.suppress(OSError):
         os.killpg(pid, signal.SIGKILL)
     _, status, usage = _reaped.pop(pid) if pid in _reaped else os.wait4(pid, 0)
@@ -199,7 +230,7 @@ def run(request: dict, stdin: str, call_inputs: list | None, deadline: float) ->
 _reaped: dict = {}
 
 
-def _wait(pid: int, deadline: float) -> str:
+def _wait(pid: int, deadline: float, request: dict) -> str:
     """After the output ended: until the process has ended. A program may close its output and go on."""
     pause = 0.0005
     while time.monotonic() < deadline:
@@ -209,7 +240,20 @@ def _wait(pid: int, deadline: float) -> str:
             return ""
         time.sleep(pause)
         pause = min(2 * pause, 0.02)
-    return "wall"
+    return _late(pid, request["wall_s"])
+
+
+def _late(pid: int, wall_s: float) -> str:
+    """Whose fault the wall deadline is: "starved" when the program wanted the processor and did not get it (or was
+    stopped from outside), "waits" when it slept."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            state = stat.read().rpartition(")")[2].split()[0]
+        with open(f"/proc/{pid}/schedstat") as schedstat:
+            queued_s = int(schedstat.read().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):  # no such files here: nothing is known
+        return "starved"
+    return "waits" if state == "S" and queued_s < STARVED_SHARE * wall_s else "starved"
 
 
 def answer(request: dict) -> list[dict]:
@@ -230,6 +274,12 @@ def main() -> None:
     sys.setrecursionlimit(10_000)
     for name in PRELOADED.split():
         __import__(name)
+    sys.path += sys.argv[1:]
+    for package, use in PACKAGES.items():
+        with contextlib.suppress(ImportError):
+            __import__(package)
+            exec(use, {})
+    gc.freeze()  # what is loaded stays shared with the forks
     folder = tempfile.mkdtemp(prefix="cures-sandbox-")
     os.chdir(folder)
     os.rmdir(folder)  # the working folder of every program: empty, writable by nobody, gone with this process

@@ -2,8 +2,10 @@
 
 import json
 import os
+import threading
 import time
 
+import psutil
 import pytest
 
 from cures_ray.messages import Outcome
@@ -127,15 +129,96 @@ def test_hostile_programs_are_contained_and_incorrect(name, seccomp, sandbox, we
 )
 def test_an_endless_loop_ends_by_processor_time_or_as_a_fault_on_a_busy_machine(code, sandbox):
     verdict = judge(program(code), DOUBLE, sandbox)
-    expected = "processor time"  # of both: used up (incorrect), or not (fault)
+    expected = "processor time"  # of both: used up (incorrect), or not got (fault)
     assert verdict.outcome is not Outcome.CORRECT and expected in verdict.detail
     assert judge(r"\boxed{2*x}", DOUBLE, sandbox).outcome is Outcome.CORRECT
 
 
-def test_a_program_that_waits_is_no_verdict_on_its_answer(sandbox):
+def test_a_program_that_waits_without_end_is_wrong(sandbox):
     waits = "import threading\nlock = threading.Lock()\nlock.acquire()\nlock.acquire()"
     verdict = judge(program(waits), DOUBLE, sandbox)
-    assert verdict.is_fault and "not used up" in verdict.detail
+    # on a machine so busy that a sleeping program queued for a quarter of the time, a fault
+    assert (verdict.outcome is Outcome.INCORRECT and "it waits" in verdict.detail) or "did not get" in verdict.detail
+
+
+def test_a_program_that_did_not_get_its_processor_time_is_no_verdict(sandbox):
+    """Stopped from outside, as a starved machine would."""
+    stopped = []
+
+    def stop():
+        deadline = time.monotonic() + TIMEOUT_S
+        while not stopped and time.monotonic() < deadline:
+            for process in psutil.Process(sandbox._process.pid).children():
+                process.suspend()
+                stopped.append(process.pid)
+            time.sleep(0.01)
+
+    sandbox.start()
+    thread = threading.Thread(target=stop)
+    thread.start()
+    verdict = judge(program("def f(x):\n    while True: pass"), DOUBLE, sandbox)
+    thread.join()
+    assert stopped  # it happened
+    assert verdict.is_fault and "did not get its processor time" in verdict.detail
+    assert judge(r"\boxed{2*x}", DOUBLE, sandbox).outcome is Outcome.CORRECT
+
+
+def test_what_goes_to_standard_error_is_not_output(sandbox):
+    code = "import sys\nprint('debug', file=sys.stderr)\nsys.stderr.write('more')\nprint(2 * int(input()))"
+    assert judge(program(code), STDIN, sandbox).outcome is Outcome.CORRECT
+    only = "import sys\nprint(2 * int(input()), file=sys.stderr)"
+    assert judge(program(only), STDIN, sandbox).outcome is Outcome.INCORRECT
+
+
+USUAL = """
+import argparse, ast, base64, bisect, calendar, collections, contextlib, copy, csv, dataclasses, datetime, decimal, enum
+import fractions, functools, hashlib, heapq, inspect, io, itertools, json, logging, math, operator, os, pathlib, pickle
+import pprint, queue, random, re, secrets, shlex, statistics, string, struct, sys, tempfile, textwrap, threading, time
+import timeit, types, typing, unicodedata, uuid, warnings, zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import *
+from collections import *
+f = lambda x: 2 * x
+"""
+NUMPY = """
+import numpy as np
+def f(x):
+    a = np.linalg.solve(np.array([[2.0, 0.0], [0.0, 1.0]]), np.array([4.0 * x, 1.0]))
+    return int(round(np.sort(np.random.default_rng(0).permutation(a))[-1])) + 0 * int(np.median([1, 2, 3]))
+"""
+SYMPY = """
+from sympy import symbols, solve, integrate, Matrix, simplify, sin, cos, factorint, sympify, Eq
+def f(x):
+    y = symbols("y")
+    assert simplify(sin(y) ** 2 + cos(y) ** 2) == 1 and factorint(12) == {2: 2, 3: 1} and sympify("2*y").subs(y, 1) == 2
+    assert Matrix([[1, 2], [3, 4]]).det() == -2 and integrate(2 * y, (y, 0, x)) == x ** 2
+    return int(solve(Eq(y / 2, x), y)[0])
+"""
+
+
+@pytest.mark.parametrize("code", [USUAL, NUMPY, SYMPY])
+def test_the_usual_modules_numpy_and_sympy_import(code, sandbox):
+    verdict = judge(program(code), DOUBLE, sandbox)
+    assert verdict.outcome is Outcome.CORRECT, verdict.detail
+
+
+@pytest.mark.parametrize("seccomp", [True, False])
+def test_programs_do_not_look_at_files(seccomp, sandbox, weak_sandbox):
+    box = sandbox if seccomp else weak_sandbox
+    for call in (
+        "os.stat('/etc/passwd')",
+        "os.lstat('/tmp')",
+        "os.access('/etc/passwd', 4) or 1 / 0",
+        "os.listdir('/')",
+    ):
+        code = f"import os\ntry:\n    {call}\n    n = 1\nexcept Exception:\n    n = 0\ndef f(x):\n    return 2 * x + n"
+        verdict = judge(program(code), DOUBLE, box)
+        if call.startswith("os.listdir") and not seccomp:
+            continue  # the weaker wall lets Python look for modules
+        assert verdict.outcome is Outcome.CORRECT, call
+    # what is open may be looked at: how long standard input is, which open(0) asks
+    reads = program("print(2 * int(open(0).read()))")
+    assert judge(reads, STDIN, box).outcome is Outcome.CORRECT
 
 
 def test_a_program_cannot_find_the_expected_outputs(sandbox):
