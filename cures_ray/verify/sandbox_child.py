@@ -24,11 +24,12 @@ import time
 
 PRELOADED = (  # what programs may import: nothing can be opened later
     "abc argparse array ast base64 binascii bisect builtins calendar cmath codecs collections collections.abc "
-    "concurrent.futures concurrent.futures.thread contextlib contextvars copy copyreg csv dataclasses datetime decimal difflib enum fileinput "
-    "fractions functools gc getopt graphlib hashlib heapq hmac html inspect io itertools json keyword linecache locale "
-    "logging math numbers operator os os.path pathlib pickle pprint queue random re reprlib sched secrets select "
-    "shlex signal stat statistics string struct sys tempfile textwrap threading time timeit token tokenize traceback "
-    "types typing unicodedata unittest uuid warnings weakref zlib zoneinfo "
+    "concurrent.futures concurrent.futures.thread contextlib contextvars copy copyreg csv dataclasses datetime "
+    "decimal difflib enum fileinput fractions functools gc getopt graphlib hashlib heapq hmac html inspect io "
+    "itertools json keyword linecache locale logging math numbers operator os os.path pathlib pickle pprint queue "
+    "random re reprlib sched secrets select shlex signal stat statistics string struct sys tempfile textwrap "
+    "threading time timeit token tokenize traceback types typing unicodedata unittest uuid warnings weakref zlib "
+    "zoneinfo "
     "_strptime encodings.ascii encodings.latin_1 encodings.idna"
 )
 PACKAGES = {  # package -> what makes it load the parts that it would otherwise look for later

@@ -182,10 +182,16 @@ def foreign(tmp_path):
 
 
 def runs(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # whose parent, here, may never look
-    except psutil.NoSuchProcess:
-        return False
+    """Whether it still runs after the moment that dying takes."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:  # whose parent, here, may never look
+                return False
+        except psutil.NoSuchProcess:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def mixed(what: str, file: str, count: int = 40) -> list[VerifyItem]:
