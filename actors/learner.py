@@ -135,7 +135,7 @@ def _blame(method: str, failures: list[tuple[int, BaseException | None]]) -> Exc
     for rank, error in failures:
         if isinstance(error, RayActorError):
             return RunError(
-                f"learner rank {rank} died during {method} ({str(error).splitlines()[0]}); start again with "
+                f"learner rank {rank} died during {method} ({' '.join(str(error).split())[-800:]}); start again with "
                 f"checkpoint.resume = auto"
             )
     causes = [(rank, error.cause if isinstance(error, RayTaskError) else error) for rank, error in failures]

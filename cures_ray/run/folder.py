@@ -16,6 +16,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ class Lock:
 
     def release(self) -> None:
         if not self._file.closed:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(self._file, fcntl.LOCK_UN)
             self._file.close()
 
 
