@@ -21,12 +21,10 @@ def has_gpu(config: Config) -> bool:
     return config.placement.use_gpu != "no" and torch.cuda.is_available()
 
 
-def set_environment(config: Config, backend: str, gpu: bool) -> None:
+def set_environment(config: Config, gpu: bool) -> None:
     """Set what vLLM reads when it is imported."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if backend == "ipc":
-        os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # IPC handles are not msgpack
     if gpu:
         return
     threads = str(max(1, int(config.placement.generator_cpus)))
@@ -36,7 +34,7 @@ def set_environment(config: Config, backend: str, gpu: bool) -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else the first request waits 12 s for a sampler's compilation
 
 
-def engine_arguments(config: Config, model_path: str, backend: str, gpu: bool) -> dict[str, Any]:
+def engine_arguments(config: Config, model_path: str, gpu: bool) -> dict[str, Any]:
     """AsyncEngineArgs for this configuration.
 
     Raises:
@@ -65,12 +63,11 @@ def engine_arguments(config: Config, model_path: str, backend: str, gpu: bool) -
         "enforce_eager": rollout.enforce_eager or not gpu,
         "scheduling_policy": "priority",
         "logprobs_mode": "processed_logprobs",  # of the policy that samples: temperature, top_p, top_k
-        "weight_transfer_config": WeightTransferConfig(backend=backend),
+        "weight_transfer_config": WeightTransferConfig(backend="cures"),  # registered by the next line's module
+        "worker_extension_cls": "actors.weights.vllm_worker.WorkerExtension",
         "disable_log_stats": True,
         **trust,
     }
-    if backend == "shm":
-        arguments["worker_extension_cls"] = "actors.weights.vllm_worker.WorkerExtension"
     if gpu:
         return arguments | {"gpu_memory_utilization": rollout.gpu_memory_utilization}
     mib = rollout.kv_cache_mib or kv_cache_mib(hf, config, length, free_memory_mib())
@@ -115,13 +112,11 @@ ENGINE_INTERFACE = (
     "vllm.config:WeightTransferConfig",
     "vllm.distributed.weight_transfer.base:WeightTransferEngine.receive_weights",
     "vllm.distributed.weight_transfer.base:WeightTransferUpdateRequest.update_info",
-    "vllm.distributed.weight_transfer.base:WeightTransferInitRequest.init_info",
     "vllm.distributed.weight_transfer.factory:WeightTransferEngineFactory.register_engine",
     "vllm.model_executor.model_loader.reload:initialize_layerwise_reload",
     "vllm.model_executor.model_loader.reload:finalize_layerwise_reload",
     "vllm.v1.engine.async_llm:AsyncLLM.pause_generation",
     "vllm.v1.engine.async_llm:AsyncLLM.resume_generation",
-    "vllm.v1.engine.async_llm:AsyncLLM.init_weight_transfer_engine",
     "vllm.v1.engine.async_llm:AsyncLLM.start_weight_update",
     "vllm.v1.engine.async_llm:AsyncLLM.update_weights",
     "vllm.v1.engine.async_llm:AsyncLLM.finish_weight_update",

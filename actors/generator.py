@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from actors.engine_settings import PAUSE_MODE, engine_arguments, has_gpu, set_environment
+from actors.weights.backend import Node, road
 from actors.weights.canary import Canary, canary_tolerance, compare, verdict
-from actors.weights.transfer import resolve_backend
 from cures_ray.config import Config
 from cures_ray.loop.ports import CanaryFailed, WorkerLost
 from cures_ray.messages import (
@@ -52,11 +52,9 @@ class GeneratorActor:
     driver replaces the actor. When the engine's process dies this process exits, so that Ray sees a dead actor.
 
     Args:
-        name: unique among the generators of the run; "name-INDEX" gives the default ``index``.
+        name: unique among the generators of the run.
         model_path: a Hugging Face folder or Hub name; the weights that the engine starts with.
         version: the policy version of those weights.
-        backend: of weight transfer, "shm", "nccl" or "ipc"; None: chosen as ``actors.weights.transfer`` does.
-        index: position among the run's generators, for the ranks of nccl transfers.
     """
 
     def __init__(
@@ -65,14 +63,8 @@ class GeneratorActor:
         config: Config,
         model_path: str,
         version: int = 0,
-        *,
-        backend: str | None = None,
-        index: int | None = None,
     ) -> None:
         self.name, self.config, self.model_path, self.version = name, config, model_path, version
-        tail = name.rsplit("-", 1)[-1]
-        self._index = index if index is not None else int(tail) if tail.isdigit() else 0
-        self._backend = backend
         self._engine: AsyncLLM
         self._tokenizer: Any = None
         self._max_model_len = 0
@@ -102,19 +94,15 @@ class GeneratorActor:
         """
         began = time.monotonic()
         gpu = has_gpu(self.config)
-        if self._backend is None:
-            self._backend = resolve_backend(self.config, on_gpu=gpu, colocated=self.config.placement.colocate)
-        set_environment(self.config, self._backend, gpu)
+        set_environment(self.config, gpu)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        arguments = engine_arguments(self.config, self.model_path, self._backend, gpu)
+        arguments = engine_arguments(self.config, self.model_path, gpu)
         self._max_model_len = arguments["max_model_len"]
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self._tokenizer = self._engine.get_tokenizer()
         await self._engine.update_weight_version(str(self.version))
-        if self._backend == "shm":
-            await self._init_transfer({})
         self._watch = asyncio.create_task(self._exit_with_engine())
         self._last_stats = self._idle_since = time.monotonic()
         return time.monotonic() - began
@@ -317,13 +305,11 @@ class GeneratorActor:
         canary = await self._canary(update)
         if canary.passes(tolerance):
             return paused, canary
-        again = None
-        if "init" not in update.info:  # a collective needs its sender again
-            paused += await self._load(update)
-            again = await self._canary(update)
-            if again.passes(tolerance):
-                return paused, again
-        alike = again is not None and again.repeats(canary)
+        paused += await self._load(update)
+        again = await self._canary(update)
+        if again.passes(tolerance):
+            return paused, again
+        alike = again.repeats(canary)
         raise CanaryFailed(self.name, update.version, verdict(self.config, canary, reproducible=alike), alike)
 
     async def _load(self, update: WeightUpdate) -> float:
@@ -331,8 +317,9 @@ class GeneratorActor:
         again, or they would go on with keys and values of the old weights (off by nats)."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        info = update.info
-        payload = {"path": info["path"], "version": update.version} if self._backend == "shm" else info["update"]
+        node = Node(workers=self.config.rollout.tensor_parallel_size, timeout_s=self.config.weights.transfer_timeout_s)
+        info = await asyncio.to_thread(road(update.info["backend"]).update_info, update.info, update.version, node)
+        payload = {"backend": update.info["backend"], "info": info | {"version": update.version}}
         began = time.monotonic()
         if not self.config.async_rl.in_flight_updates:
             # vLLM's own mode "wait" drains what runs, but what is queued or preempted would change weights
@@ -340,21 +327,11 @@ class GeneratorActor:
             await self._drained.wait()
         await self._engine.pause_generation(mode=PAUSE_MODE, clear_cache=True)
         self._proven.clear()
-        if "init" in info:  # nccl: this transfer's own group, the learner's rank 0 and all generators
-            offset = 1 + self._index * self.config.rollout.tensor_parallel_size
-            await self._init_transfer(info["init"] | {"rank_offset": offset})
         await self._engine.start_weight_update()
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info=payload))
         await self._engine.finish_weight_update(str(update.version))
-        if "init" in info:
-            await self._engine.shutdown_weight_transfer_engine()
         await self._engine.resume_generation()
         return time.monotonic() - began
-
-    async def _init_transfer(self, init_info: dict[str, Any]) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def _canary(self, update: WeightUpdate) -> Canary:
         """The canary's reading. A paused engine runs nothing, so this runs after resuming, ahead of the rollouts;

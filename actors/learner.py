@@ -83,10 +83,6 @@ class LearnerGroup:
     async def publish(self, version: int) -> WeightUpdate:
         return (await self._gather("publish", version))[0]
 
-    async def transmit(self, update: WeightUpdate) -> None:
-        if "init" in update.info:  # only nccl needs a sender beside the receivers
-            await self._gather("transmit", update)
-
     async def save(self, folder: Path) -> None:
         await self._gather("save", _absolute(folder))
 

@@ -19,6 +19,7 @@ import numpy as np
 import ray
 from safetensors import SafetensorError
 
+from actors.weights.backend import Publisher, Settings, road
 from cures_ray.config import Config
 from cures_ray.messages import (
     CheckpointError,
@@ -37,7 +38,7 @@ class LearnerRank:
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
         self.config, self.rank, self.world_size = config, rank, world_size
         self._canary: list[np.ndarray] = []
-        self._lent: list[Any] = []  # tensors that an ipc transfer still reads
+        self._publisher: Publisher | None = None
 
     def address(self) -> tuple[str, int]:
         """(IP address of this node, a port that is free now)."""
@@ -84,7 +85,12 @@ class LearnerRank:
         from cures_ray.learning.step import LearnerStep
 
         self.config = config
-        self._backend, self._shm, self._canary = backend, shm, [np.asarray(s, np.int32) for s in canary]
+        self._canary = [np.asarray(s, np.int32) for s in canary]
+        if self._publisher is not None:
+            self._publisher.close()
+        address, timeout_s = ray.util.get_node_ip_address(), config.weights.transfer_timeout_s
+        settings = Settings(backend=backend, folder=shm, rank=self.rank, address=address, timeout_s=timeout_s)
+        self._publisher = road(backend).Publisher(settings)
         torch.manual_seed(config.learner.seed + self.rank)
         policy, reference = load_policy(config), None
         size = ModelSize.of(policy.lm)
@@ -147,21 +153,9 @@ class LearnerRank:
 
     def publish(self, version: int) -> WeightUpdate | None:
         """Make the weights available as ``version``; the update on rank 0, None on the others."""
-        from actors.weights.transfer import ipc_info, nccl_info, write_shm
-
-        stage = self.config.learner.zero_stage
-        info: dict[str, Any] = {"backend": self._backend}
-        if self._backend == "shm":
-            tensors = self._weights()
-            if self.rank == 0:
-                path = write_shm(tensors.items(), self._shm, version)
-                info |= {"path": str(path), "bytes": path.stat().st_size}
-        elif self._backend == "nccl":
-            info |= nccl_info(self.engine.module.lm, self.config, *self.address())
-        else:
-            handles, self._lent = ipc_info(self.engine.module.lm, stage)
-            info |= handles
-        if self.rank and stage < 3:
+        assert self._publisher is not None, "build comes first"
+        info = self._publisher.publish(self._source(), version)
+        if self.rank and self.config.learner.zero_stage < 3:
             return None
         logprobs = self.logprobs(self._canary)
         if self.rank:
@@ -172,13 +166,6 @@ class LearnerRank:
             canary_token_ids=tuple(self._canary),
             canary_logprobs=tuple(logprobs),
         )
-
-    def transmit(self, update: WeightUpdate) -> None:
-        """The sender's half of an nccl transfer; nothing for shm and ipc."""
-        from actors.weights.transfer import send_weights
-
-        stage = self.config.learner.zero_stage
-        send_weights(self.engine.module.lm, update.info, rank=self.rank, zero_stage=stage)
 
     def save(self, folder: Path) -> None:
         """This rank's share of model and optimizer into ``folder``, on a file system that all ranks share; rank 0 also
@@ -229,19 +216,16 @@ class LearnerRank:
 
     def _weights(self) -> dict[str, Any]:
         """Name -> full tensor, tied ones once; on rank 0, after a collective under ZeRO 3. Empty elsewhere."""
-        from actors.weights.transfer import gathered
-
-        stage = self.config.learner.zero_stage
-        if self.rank and stage < 3:
+        if self.rank:
+            self._source().assist()
             return {}
-        named = gathered(self.engine.module.lm, stage)
-        if stage < 3:
-            return {name: tensor.detach() for name, tensor in named}
-        copies = {}
-        for name, tensor in named:  # a gathered tensor lives only until the next one
-            if self.rank == 0:
-                copies[name] = tensor.detach().to("cpu", copy=True)
-        return copies
+        own = self.config.learner.zero_stage == 3  # a gathered tensor lives only until the next one
+        return {n: t.detach().to("cpu", copy=True) if own else t.detach() for n, t in self._source()}
+
+    def _source(self) -> Any:
+        from actors.weights.stream import Source
+
+        return Source(self.engine.module.lm, self.config.learner.zero_stage, self.rank)
 
 
 def _fetch_each(refs: dict[int, Any]) -> tuple[dict[int, RolloutGroup], dict[int, str]]:

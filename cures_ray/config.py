@@ -216,7 +216,8 @@ class VerifierConfig(Section):
 
 
 class WeightsConfig(Section):
-    backend: Literal["auto", "shm", "nccl", "ipc"] = "auto"  # auto: shm on CPU, nccl on GPUs, ipc colocated
+    backend: Literal["auto", "shm", "object_store", "nccl", "gloo", "ipc"] = "auto"  # auto: by the number of nodes
+    transfer_timeout_s: float = Field(120.0, gt=0)  # of one transfer to one generator, without progress
     canary_tolerance: float | None = Field(None, gt=0)  # nats, mean over tokens; None: 3e-4 in float32, else 0.1
     canary_prompts: int = Field(4, ge=1)
 

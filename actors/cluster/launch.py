@@ -18,12 +18,13 @@ from typing import Any
 import ray
 
 from actors.cluster.adapters import RayFleet, RayLedger, RayVerifiers, answer
-from actors.cluster.placement import Placement
+from actors.cluster.placement import Placement, live_nodes
 from actors.generator import GeneratorActor
 from actors.learner import LearnerGroup
 from actors.ledger import LedgerActor
 from actors.verifier import VerifierActor
-from actors.weights.transfer import resolve_backend, shm_folder
+from actors.weights.backend import resolve, road
+from actors.weights.shm import shm_folder
 from cures_ray.config import Config
 from cures_ray.data.table import curriculum_columns
 from cures_ray.ledger.ledger import begin_session
@@ -232,11 +233,14 @@ class Run:
 
     def _backend(self) -> str:
         """Ray's GPUs may be logical ones on a CPU host: the learner's node is asked whether CUDA is there."""
-        on_gpu = self.placement.roles["learner"].gpus > 0
-        if on_gpu:
+
+        def on_gpu() -> bool:
+            if not self.placement.roles["learner"].gpus:
+                return False
             probe = ray.remote(_has_cuda).options(**self.placement.options("learner", 0))
-            on_gpu = ray.get(probe.remote(), timeout=self.config.placement.timeout_s + 60)
-        return resolve_backend(self.config, on_gpu=on_gpu, colocated=self.config.placement.colocate)
+            return bool(ray.get(probe.remote(), timeout=self.config.placement.timeout_s + 60))
+
+        return resolve(self.config, on_gpu=on_gpu, nodes=len(live_nodes()))
 
     def _ledger(self) -> Any:
         inputs = self.inputs
@@ -257,7 +261,7 @@ class Run:
     def _generator(self, index: int) -> Any:
         options = self.placement.options("generator", index)
         actor = ray.remote(GeneratorActor).options(max_concurrency=1000, **options)
-        handle = actor.remote(f"generator-{index}", self.config, self.config.model.path, backend=self.backend)
+        handle = actor.remote(f"generator-{index}", self.config, self.config.model.path)
         self.actors.append(handle)
         return handle
 
@@ -294,6 +298,8 @@ class Run:
         for handle in [*self.actors, *(self.learner.ranks if self.learner else [])]:
             with suppress(Exception):
                 ray.kill(handle)
+        with suppress(Exception):
+            road(self.backend).end()
         self.placement.remove()
         shutil.rmtree(self.shm, ignore_errors=True)
         self.log.close()

@@ -64,9 +64,6 @@ class LocalLearner:
         """The weights stay where they are: nothing trains between this and the generator's copy."""
         return WeightUpdate(version=version, info={"module": self.policy.lm}, canary_token_ids=(), canary_logprobs=())
 
-    async def transmit(self, update: WeightUpdate) -> None:
-        return None
-
     async def save(self, folder: Path) -> None:
         return None
 

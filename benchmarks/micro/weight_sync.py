@@ -21,7 +21,10 @@ import torch
 
 from actors.cluster.launch import own_ray
 from actors.generator import GeneratorActor
-from actors.weights.transfer import shm_folder, write_shm
+from actors.weights import shm
+from actors.weights.backend import Settings
+from actors.weights.shm import shm_folder
+from actors.weights.stream import Source
 from benchmarks.harness.results_file import spread, write_result
 from cures_ray.config import Config, RayConfig
 from cures_ray.messages import GenerationRequest, PromptRow, SyncReport, WeightUpdate
@@ -78,11 +81,11 @@ class Bench:
         if sync:
             self.version += 1
             start = time.perf_counter()
-            path = write_shm(self.model.named_parameters(), self.shm, self.version)
+            info = shm.Publisher(Settings(backend="shm", folder=self.shm)).publish(Source(self.model), self.version)
             publish = time.perf_counter() - start
             update = WeightUpdate(
                 version=self.version,
-                info={"path": str(path)},
+                info=info,
                 canary_token_ids=sequences,
                 canary_logprobs=logprobs,
             )

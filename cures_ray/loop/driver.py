@@ -281,7 +281,7 @@ class Driver:
                 slot = self._slots[generator.name] = Slot(generator)
                 self._loop_tasks.append(self._tasks.create_task(self._generate_loop(slot)))
         syncs = [self._sync(slot) for slot in self._slots.values()]
-        await asyncio.gather(self.ports.learner.transmit(self._update), *syncs)
+        await asyncio.gather(*syncs)
         self._progress(f"weights version {version}")
 
     async def _sync(self, slot: Slot) -> None:

@@ -106,11 +106,6 @@ class LearnerPort(Protocol):
         """Make the current weights available as ``version``, with canary log-probabilities."""
         ...
 
-    async def transmit(self, update: WeightUpdate) -> None:
-        """The sender's half of a collective transfer (nccl), run beside the generators' update_weights;
-        returns at once for backends that need none."""
-        ...
-
     async def save(self, folder: Path) -> None:
         """Write optimizer and model state into ``folder`` (exists, empty)."""
         ...

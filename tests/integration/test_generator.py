@@ -19,7 +19,10 @@ from tiny_model import CHARACTERS, write_tiny_model
 from transformers import AutoModelForCausalLM
 
 from actors.generator import GenerationTimeout, GeneratorActor
-from actors.weights.transfer import shm_folder, write_shm
+from actors.weights import shm
+from actors.weights.backend import Settings
+from actors.weights.shm import shm_folder
+from actors.weights.stream import Source
 from cures_ray.config import Config
 from cures_ray.loop.ports import CanaryFailed, WorkerLost
 from cures_ray.messages import GenerationRequest, PromptRow, WeightUpdate
@@ -82,12 +85,11 @@ class World:
 
     def update(self, published, expected, version: int) -> WeightUpdate:
         """``published``: the model whose weights travel; ``expected``: whose log-probabilities the canary has."""
-        path = write_shm(published.named_parameters(), self.shm / expected.config.model_type, version)
+        settings = Settings(backend="shm", folder=self.shm / expected.config.model_type)
+        info = shm.Publisher(settings).publish(Source(published), version)
         ids = [tokens(text) for text in ("1+1=", "the answer is 7", "x" * 90)]
         logprobs = tuple(log_probabilities(expected, i).astype(np.float32) for i in ids)
-        return WeightUpdate(
-            version=version, info={"path": str(path)}, canary_token_ids=tuple(ids), canary_logprobs=logprobs
-        )
+        return WeightUpdate(version=version, info=info, canary_token_ids=tuple(ids), canary_logprobs=logprobs)
 
     def publish(self, seed: int, which: int = 0) -> WeightUpdate:
         self.version[which] += 1

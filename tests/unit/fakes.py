@@ -212,9 +212,6 @@ class FakeLearner:
     async def publish(self, version: int) -> WeightUpdate:
         return WeightUpdate(version=version, info={}, canary_token_ids=(), canary_logprobs=())
 
-    async def transmit(self, update: WeightUpdate) -> None:
-        return None
-
     async def save(self, folder: Path) -> None:
         (folder / "steps").write_text(str(len(self.batches)))
 
