@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import yaml
 
 from actors.cluster.placement import Role, check_feasible, live_nodes, roles, wanted_table
+from actors.commands.memory import memory_report
 from cures_ray.config import Config
-from cures_ray.messages import ConfigError
+from cures_ray.run.dry_checks import check_inputs, check_writable
 from cures_ray.run.preflight import prepare_inputs
 
 
@@ -23,8 +24,11 @@ def dry_run(config: Config, *, with_inputs: bool = True) -> Iterator[str]:
     yield "# configuration\n" + yaml.safe_dump(config.model_dump(), sort_keys=False).rstrip()
     yield "\n# batch\n" + "\n".join(f"{name:<32}{value}" for name, value in batch_table(config))
     if with_inputs:
-        yield "\n# data\n" + "\n".join(prepare_inputs(config, claim_run_dir=False).notes)
-        yield "\n# memory\n" + memory_report(config)
+        check_writable(Path(config.checkpoint.dir))
+        inputs = prepare_inputs(config, claim_run_dir=False)
+        yield "\n# data\n" + "\n".join([*inputs.notes, *check_inputs(inputs)])
+        yield "\n# rollouts\n" + "\n".join(f"{n:<32}{v}" for n, v in rollout_table(config, len(inputs.train)))
+        yield "\n# memory\n" + memory_report(config, float(inputs.train.token_counts.mean()))
     yield "\n# placement\n" + placement_report(config)
 
 
@@ -41,8 +45,35 @@ def batch_table(config: Config) -> list[tuple[str, str]]:
         ("tokens per step, at most", f"{tokens:,}"),
         ("micro-batches per rank, at most", str(per_rank)),
         ("batches in flight, at most", str(config.async_rl.max_staleness + 1)),
-        ("rollouts of the run", f"{config.trainer.steps * c.rollouts_per_step:,} (pilots, screens, retries beside)"),
     ]
+
+
+def rollout_table(config: Config, prompts: int) -> list[tuple[str, str]]:
+    """What the run will generate from ``prompts`` training prompts, pilots first."""
+    c, steps = config.curriculum, config.trainer.steps
+    pilots, how = 0, "none"
+    if c.method == "cures" and c.belief == "reset":
+        switches, subsets = -(-steps // c.subset_steps), min(c.subsets, prompts)
+        sizes = [(prompts * (k + 1)) // subsets - (prompts * k) // subsets for k in range(subsets)]
+        pilots = c.pilot_rollouts * sum(sizes[k % subsets] for k in range(switches))
+        how = f"{c.pilot_rollouts} of each of about {prompts // subsets:,} prompts, at {switches} starts of a subset"
+    elif c.method == "cures" and c.pilot_rollouts:
+        pilots, how = c.pilot_rollouts * prompts, f"{c.pilot_rollouts} of each of {prompts:,} prompts, once"
+    elif c.method == "gvm":
+        pilots, how = (
+            steps * c.pilot_rollouts * c.prompts_per_step,
+            f"{c.pilot_rollouts} of each draw",
+        )
+    planned = steps * c.rollouts_per_step
+    more = {"dapo": "rounds until enough prompts are mixed", "speed": "screens", "reinforce_ada": "rounds"}
+    rows = [
+        ("pilots of the run", f"{pilots:,} ({how})"),
+        ("rollouts that train", f"{planned:,} ({steps} steps x {c.rollouts_per_step:,})"),
+        ("rollouts of the run", f"{planned + pilots:,}" + (f", and {more[c.method]}" if c.method in more else "")),
+    ]
+    if config.trainer.rollout_budget:
+        rows.append(("trainer.rollout_budget ends it", f"at {config.trainer.rollout_budget:,}"))
+    return rows
 
 
 def placement_report(config: Config) -> str:
@@ -78,38 +109,3 @@ def _local_gpus(config: Config) -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def memory_report(config: Config) -> str:
-    """Parameters and the learner's and generators' steady memory, in GiB a rank; activations come on top."""
-    parameters = count_parameters(config)
-    le = config.learner
-    width = 2 if le.dtype == "bfloat16" else 4
-    shard = {stage: 1 / le.num_ranks for stage in range(4)}
-    weights = width * (shard[3] if le.zero_stage >= 3 else 1)
-    gradients = 4 * (shard[2] if le.zero_stage >= 2 else 1)
-    optimizer = (8 + (4 if width == 2 else 0)) * (shard[1] if le.zero_stage >= 1 else 1)
-    learner = parameters * (weights + gradients + optimizer) / 2**30
-    generator = parameters * width / config.rollout.tensor_parallel_size / 2**30
-    return (
-        f"{parameters / 1e6:,.1f} M parameters; learner {learner:.2f} GiB a rank (weights, gradients, Adam; "
-        f"ZeRO {le.zero_stage}) + activations; generator {generator:.2f} GiB weights a device + KV cache"
-    )
-
-
-def count_parameters(config: Config) -> int:
-    """From the model's configuration alone, on the meta device.
-
-    Raises:
-        ConfigError: the model configuration cannot be read.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        description: Any = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path = {config.model.path}: its configuration cannot be read: {error}") from None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(description)
-    return sum(p.numel() for p in model.parameters())
