@@ -29,8 +29,8 @@ def test_the_memory_of_a_forward_and_backward_pass_is_right_within_a_third(dtype
 
 
 def test_the_learner_of_a_real_run_is_right_within_a_third_and_logits_are_in_it():
-    """Measured in a run of 64 rollouts a step, of up to 16 tokens after prompts of about 50: 5 GB. Thinning leaves about
-    half of them to compute, 2048 tokens."""
+    """Measured in a run of 64 rollouts a step, of up to 16 tokens after prompts of about 50: 5 GB. Thinning leaves
+    about half of them to compute, 2048 tokens."""
     settings = config(
         learner={"dtype": "bfloat16", "max_tokens_per_rank": 2048},
         rollout={"max_new_tokens": 16},
