@@ -47,6 +47,7 @@ class LearnerGroup:
             RunError: a rank failed or was not up within 10 minutes.
             ConfigError: ``resume`` belongs to another learner.
         """
+        self._publication = (shm, backend, canary)
         addresses = await self._gather("address", seconds=START_SECONDS)
         ranks_on_node = Counter(address for address, _ in addresses)
         joins = [(*addresses[0], ranks_on_node[address]) for address, _ in addresses]
@@ -62,13 +63,13 @@ class LearnerGroup:
         """
         self.stop()
         self._start_ranks()
-        await self.start(*self._built_with, resume)
+        await self.start(*self._publication, resume)
 
     async def build(
         self, config: Config, shm: Path, backend: str, canary: list[np.ndarray], resume: Path | None = None
     ) -> None:
         """Model and engine; again for other settings on the same ranks, as ``start`` for the first time."""
-        self.config, self._built_with = config, (shm, backend, canary)
+        self.config, self._publication = config, (shm, backend, canary)
         counts = await self._gather("build", config, shm, backend, canary, resume, seconds=START_SECONDS)
         self.parameters = counts[0]
 

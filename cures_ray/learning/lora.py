@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,6 @@ def save_adapter(model: Any, tensors: dict[str, Tensor], path: str, folder: Path
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    settings = model.peft_config[ADAPTER]
-    settings.base_model_name_or_path, settings.inference_mode = path, True
+    settings = replace(model.peft_config[ADAPTER], base_model_name_or_path=path, inference_mode=True)
     settings.save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -121,6 +121,21 @@ def test_a_run_through_all_real_actors_conserves_survives_a_kill_and_resumes(bas
     assert [version for version, _ in resumed.evaluations] == [0, 4, 6, 8]
 
 
+def test_adapters_reach_the_generators_merged(base, tmp_path, ray_session):
+    """vLLM holds the base model. Its canary fits the learner's only if every update carries the adapters."""
+    model = {"path": str(base / "model"), "lora": {"rank": 8, "alpha": 16}}
+    learner = {"lr": 2e-2, "dtype": "float32", "cpus_per_rank": 0.5}
+    settings = {"rollout": {"num_generators": 1}, "eval": {"interval": 0}, "trainer": {"steps": 3}}
+    summary = train(small_run(base, tmp_path / "run", model=model, learner=learner, **settings))
+    steps = [r for r in records(tmp_path / "run") if "rollout/reward" in r]
+    assert len(steps) == 3 and all(r["weights/canary_max_error"] < 1e-3 for r in steps)
+    before, after = load_file(base / "model/model.safetensors"), load_file(summary.exported / "model.safetensors")
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert after.keys() == before.keys() and moved == {k for k in before if k.endswith("_proj.weight")}
+    assert max(float((before[k] - after[k]).abs().max()) for k in moved) > 1e-3
+    assert (summary.exported / "adapter" / "adapter_config.json").exists()
+
+
 def test_what_cannot_be_placed_fails_soon_with_a_table_and_starts_nothing(base, tmp_path, ray_session):
     began = time.monotonic()
     with pytest.raises(ConfigError, match="wanted in all"):
