@@ -28,12 +28,10 @@ def add_adapters(model: Any, lora: LoraConfig, seed: int) -> None:
     """Freeze ``model`` and put adapters beside ``lora.targets``, in place. B starts at 0: the policy is unchanged.
 
     Raises:
-        ConfigError: peft is not installed, or the targets are not linear layers below the output layer.
+        ConfigError: the targets are not linear layers below the output layer.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError("model.lora needs the package peft; install this project with its extra: [lora]") from error
+    import peft  # optional; preflight looks for it
+
     settings = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0, task_type="CAUSAL_LM"
     )

@@ -66,6 +66,8 @@ def _load(config: Config, test_verifier: bool) -> Inputs:
         notes.append("data.eval is not set: no held-out evaluation")
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("logging.wandb = true, but wandb is not installed: pip install wandb, or set it to false")
+    if config.model.lora is not None and importlib.util.find_spec("peft") is None:
+        raise ConfigError("model.lora is set, but peft is not installed: pip install peft, or set it to null")
     if test_verifier:
         self_test(config, train.row(0))
     return Inputs(
