@@ -148,16 +148,16 @@ def load_state(engine: DeepSpeedEngine, folder: Path) -> None:
         for i, master in enumerate(masters):
             keys = sorted(n.removeprefix(f"{i}.") for n in names if n.startswith(f"{i}."))
             values = {k: [f.get_tensor(f"{i}.{k}") for f in files] for k in keys}
-            own = {k: _slice(v, master, sizes[i], engine) if sliced else v[0] for k, v in values.items()}
-            saved = own.pop("master")
+            restored = {k: _slice(v, master, sizes[i], engine) if sliced else v[0] for k, v in values.items()}
+            saved = restored.pop("master")
             if saved.shape != master.shape:
                 raise ConfigError(
                     f"learner checkpoint {folder}: tensor {i} of rank {engine.rank} is {list(saved.shape)}, this "
                     f"model needs {list(master.shape)}; is model.path the model of that run?"
                 )
             master.data.copy_(saved)
-            if own:
-                state[master] = {k: t.to(master.device) for k, t in own.items()}
+            if restored:
+                state[master] = {k: t.to(master.device) for k, t in restored.items()}
         file = files[min(engine.rank, len(files) - 1)]
         torch.set_rng_state(file.get_tensor("rng_cpu"))
         if "rng_cuda" in names and torch.cuda.is_available():

@@ -86,8 +86,8 @@ class LastLayerStatistics:
         for (lease, is_plus), parts in classes.items():
             total = torch.cat([h[p] for p in parts]).T @ torch.cat([e[p] for p in parts])
             sums = self._classes.setdefault(lease, [None, None])
-            held = sums[is_plus]
-            sums[is_plus] = total if held is None else held.add_(total)
+            before = sums[is_plus]
+            sums[is_plus] = total if before is None else before.add_(total)
 
     def result(self) -> tuple[GradientStatistics, ...]:
         """One entry a lease, in order of the lease ids."""

@@ -112,11 +112,11 @@ def policy_loss(x: LossInputs, algo: AlgoConfig) -> tuple[Tensor, dict[str, Tens
         if algo.kl_coef and not algo.kl_in_reward:
             loss = loss + algo.kl_coef * (x.weights * kl).sum()
     difference = (x.logprobs.detach() - x.behaviour).abs()
-    one = loss.detach().new_ones(())
+    unit = loss.detach().new_ones(())
     sums = {
         "loss": loss.detach(),
-        "tokens": one * len(difference),
-        "clipped": terms.clipped.sum() * one,
+        "tokens": unit * len(difference),
+        "clipped": terms.clipped.sum() * unit,
         "ratio": terms.ratio.sum(),
         "kl": kl.detach().sum(),
         "logprob_diff": difference.sum(),

@@ -17,16 +17,11 @@ from cures_ray.learning.thinning import computed, takes_statistics
 from cures_ray.messages import RolloutGroup, TrainingBatch, TrainingGroup
 
 
-@dataclass(frozen=True, slots=True)
-class PackingPlan:
-    """``micro_batches[rank][i]`` = row numbers, int [B_i]. All ranks have the same number of micro-batches,
-    because ZeRO 2 and 3 communicate in each backward pass: an empty one is computed as a dummy of weight 0."""
+def pack(tokens: np.ndarray, ranks: int, max_tokens: int, together: np.ndarray | None = None) -> list[list[np.ndarray]]:
+    """Plan N rows of ``tokens`` [N] (prompt + completion) for ``ranks`` ranks: [rank][i] -> row numbers, int [B_i].
 
-    micro_batches: list[list[np.ndarray]]
-
-
-def pack(tokens: np.ndarray, ranks: int, max_tokens: int, together: np.ndarray | None = None) -> PackingPlan:
-    """Plan N rows of ``tokens`` [N] (prompt + completion) for ``ranks`` ranks.
+    All ranks have the same number of micro-batches, because ZeRO 2 and 3 communicate in each backward pass: an empty
+    one is computed as a dummy of weight 0.
 
     ``together`` [N]: rows with equal values go to the same rank (gradient statistics need whole groups).
     A micro-batch has at most ``max_tokens`` tokens after padding; a single row that is longer goes alone.
@@ -37,7 +32,7 @@ def pack(tokens: np.ndarray, ranks: int, max_tokens: int, together: np.ndarray |
     most = max(1, max(len(batches) for batches in micro))
     for batches in micro:
         batches += [np.zeros(0, np.int64)] * (most - len(batches))
-    return PackingPlan(micro)
+    return micro
 
 
 def _assign(tokens: np.ndarray, ranks: int, together: np.ndarray | None) -> list[np.ndarray]:
@@ -95,7 +90,7 @@ def plan_step(batch: TrainingBatch, ranks: int, config: Config) -> list[list[lis
     active = np.flatnonzero(np.concatenate([computed(g, config) for g in batch.groups] or [nothing]))
     together = group_of[active] if takes_statistics(config) else None
     plan = pack(tokens[active], ranks, config.learner.max_tokens_per_rank, together)
-    return [[[rollouts[i] for i in active[rows]] for rows in micro_batches] for micro_batches in plan.micro_batches]
+    return [[[rollouts[i] for i in active[rows]] for rows in micro_batches] for micro_batches in plan]
 
 
 @dataclass(frozen=True, slots=True)
