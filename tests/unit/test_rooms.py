@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "benchmarks.inprocess": PRODUCT,
     "benchmarks.harness": PRODUCT | {"benchmarks.inprocess"},
     "benchmarks.micro": PRODUCT | {"benchmarks.harness"},
+    "benchmarks.peers": PRODUCT | {"benchmarks.harness"},
     "benchmarks.research": PRODUCT | {"benchmarks.harness", "benchmarks.inprocess"},
 }
 FILES = sorted(p for top in ("cures_ray", "actors", "benchmarks") for p in (ROOT / top).rglob("*.py"))
