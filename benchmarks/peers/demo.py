@@ -1,7 +1,7 @@
 """``cures bench peers``: this project beside TRL's GRPOTrainer on the demo, alternating, on an otherwise idle machine.
 
-    python -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.19.0 "math-verify[antlr4_13_2]" \\
-        pydantic pylatexenc
+    python -m venv trl
+    trl/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.19.0 "math-verify[antlr4_13_2]" pydantic pylatexenc
     cures bench peers --python trl/bin/python --seeds 0,1,2
 
 Same model, prompts, reward, learning rate and 256 rollouts a step: TRL and this project's GRPO with 32 x 8, this
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def seconds_to(curve: list[dict[str, float]], accuracy: float) -> float | None:
     """When the curve first reaches ``accuracy``, interpolated; None if never."""
-    for before, after in zip(curve, curve[1:], strict=False):
+    for before, after in pairwise(curve):
         if after["accuracy"] >= accuracy:
             share = (accuracy - before["accuracy"]) / max(after["accuracy"] - before["accuracy"], 1e-9)
             return before["seconds"] + max(share, 0.0) * (after["seconds"] - before["seconds"])
