@@ -2,8 +2,8 @@
 
 DeepSpeed's own checkpoints are pickles. Here each rank writes the tensors it owns (float32 master weights and
 Adam moments of what is trained, whole for ZeRO 0, its shard for ZeRO 1-3) to ``rank-<r>.safetensors`` and rank 0 a
-``learner.json``. They load at the same ZeRO stage; at another number of ranks for ZeRO 0-2, whose shards are slices
-of one flat tensor a parameter group. This reads DeepSpeed's internals, so its version is pinned (pyproject.toml).
+``learner.json``. They load at the same ZeRO stage, also at another number of ranks: shards are even cuts of flat
+tensors. This reads DeepSpeed's internals, so its version is pinned (pyproject.toml).
 """
 
 from __future__ import annotations
@@ -120,20 +120,18 @@ def save_state(engine: DeepSpeedEngine, folder: Path) -> None:
 
 
 def load_state(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Restore what ``save_state`` wrote, also by another number of ranks for ZeRO 0-2.
+    """Restore what ``save_state`` wrote, also by another number of ranks.
 
     Raises:
-        ConfigError: the checkpoint is of another ZeRO stage, dtype or model, or of another number of ranks under
-            ZeRO 3.
+        ConfigError: the checkpoint is of another ZeRO stage, dtype, LoRA or model.
     """
     header, expected = json.loads((folder / "learner.json").read_text()), _header(engine)
     stage, saved_ranks = engine.config.learner.zero_stage, header.get("num_ranks")
     for key, wanted in expected.items():
-        if header.get(key) != wanted and not (key == "num_ranks" and stage < 3):
+        if header.get(key) != wanted and key != "num_ranks":
             raise ConfigError(
-                f"learner checkpoint {folder}: {key} is {header.get(key)}, this run has {wanted}; set it back"
-                + (" (another number of ranks can resume a run with learner.zero_stage 0 to 2)" if stage == 3 else "")
-                + ", or start a new run from an exported model"
+                f"learner checkpoint {folder}: {key} is {header.get(key)}, this run has {wanted}; set it back, or "
+                f"start a new run from an exported model"
             )
     masters, state = _masters(engine.policy), _inner(engine.policy).state
     same_ranks = saved_ranks == engine.ranks
@@ -144,7 +142,7 @@ def load_state(engine: DeepSpeedEngine, folder: Path) -> None:
         names = set(files[0].keys())
         if sum(n.endswith(".master") for n in names) != len(masters):
             raise ConfigError(f"learner checkpoint {folder}: it holds another model or other parameter groups")
-        sizes = _sizes(engine)
+        sizes = _sizes(engine) if sliced else []
         for i, master in enumerate(masters):
             keys = sorted(n.removeprefix(f"{i}.") for n in names if n.startswith(f"{i}."))
             values = {k: [f.get_tensor(f"{i}.{k}") for f in files] for k in keys}
@@ -165,22 +163,29 @@ def load_state(engine: DeepSpeedEngine, folder: Path) -> None:
     _masters_to_model(engine.policy)
 
 
-def _slice(parts: list[Tensor], master: Tensor, size: int, engine: DeepSpeedEngine) -> Tensor:
-    """This rank's slice of a flat tensor that other ranks saved in ``parts``: ``size`` values, then padding. A step
-    count is everybody's."""
+def _slice(parts: list[Tensor], master: Tensor, sizes: list[int], engine: DeepSpeedEngine) -> Tensor:
+    """This rank's share of what other ranks saved in ``parts``: each tensor of ``sizes`` values was cut evenly, with
+    padding at its end. A step count is everybody's."""
     if parts[0].dim() == 0:
         return parts[0]
-    whole = torch.cat(parts)[:size]
-    mine = whole[engine.rank * master.numel() : (engine.rank + 1) * master.numel()]
-    return torch.nn.functional.pad(mine, (0, master.numel() - len(mine))) if len(whole) == size else whole
+    shares, start = [], 0
+    for size in sizes:
+        # a whole group is padded beyond an even cut (ZeRO 1, 2), one parameter is not (ZeRO 3)
+        saved = len(parts[0]) if len(sizes) == 1 else -(-size // len(parts))
+        length = len(master) if len(sizes) == 1 else -(-size // engine.ranks)
+        values = torch.cat([part[start : start + saved] for part in parts])[:size]
+        share = values[engine.rank * length : (engine.rank + 1) * length]
+        shares.append(torch.nn.functional.pad(share, (0, length - len(share))))
+        start += saved
+    return torch.cat(shares) if start == len(parts[0]) else parts[0].new_zeros(0)  # of another model: no shape fits
 
 
-def _sizes(engine: DeepSpeedEngine) -> list[int]:
-    """Values of each master over all ranks, without padding; of no use where each is saved whole, or for ZeRO 3."""
-    if engine.config.learner.zero_stage in (1, 2):
-        groups = parameter_groups(engine.module, engine.config.learner)
-        return [sum(p.numel() for p in group) for group in groups]
-    return [m.numel() for m in _masters(engine.policy)]
+def _sizes(engine: DeepSpeedEngine) -> list[list[int]]:
+    """Values, over all ranks and without padding, of the tensors that lie behind each other in each master."""
+    if engine.config.learner.zero_stage == 3:
+        return [[p.ds_numel for p in group] for group in engine.policy.optimizer.fp16_groups]
+    groups = parameter_groups(engine.module, engine.config.learner)
+    return [[sum(p.numel() for p in group)] for group in groups]
 
 
 def _header(engine: DeepSpeedEngine) -> dict[str, Any]:
