@@ -1,4 +1,4 @@
-.PHONY: setup demo test lint
+.PHONY: setup demo real test lint
 PY := .venv/bin/python
 
 setup:
@@ -6,6 +6,9 @@ setup:
 
 demo: setup
 	@$(PY) -m actors.commands.demo
+
+real: setup
+	@$(PY) -m actors.commands.real
 
 test: setup
 	@$(PY) -m pytest tests

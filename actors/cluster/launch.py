@@ -63,12 +63,17 @@ class RunSummary:
         first, last = (self.evaluations[0][1], self.evaluations[-1][1]) if self.evaluations else ({}, {})
         if len(self.evaluations) == 1:  # not a before and an after
             first, last = (first, {}) if self.evaluations[0][0] == 0 else ({}, last)
-        prefix = "eval/greedy_accuracy/level_"
+        prefix, constant = "eval/greedy_accuracy/level_", "eval/best_constant_accuracy"
         return {
             "held_out_accuracy_before": first.get("eval/greedy_accuracy"),
             "held_out_accuracy_after": last.get("eval/greedy_accuracy"),
+            "best_constant_accuracy": last.get(constant),
             "by_level": {
-                k.removeprefix(prefix): {"before": first.get(k), "after": last[k]}
+                k.removeprefix(prefix): {
+                    "before": first.get(k),
+                    "after": last[k],
+                    "best_constant": last.get(f"{constant}/level_{k.removeprefix(prefix)}"),
+                }
                 for k in sorted(last)
                 if k.startswith(prefix)
             },
@@ -280,7 +285,8 @@ class Run:
             c.eval.logged_samples,
             lambda payload: answer(payload, "samples", c.rollout.timeout_s),
         )
-        return Evaluator(prompts, ports.verifier, c.eval.samples_per_prompt, c.trainer.seed, samples)
+        constants = prompts.best_constant()
+        return Evaluator(prompts, ports.verifier, c.eval.samples_per_prompt, c.trainer.seed, samples, constants)
 
     async def _save(self, version: int, ports: Ports, evaluator: Evaluator) -> None:
         async def write(folder: Path) -> None:

@@ -55,11 +55,16 @@ def accuracy_lines(data: dict[str, Any]) -> list[str]:
     if len(measured) == 1:
         accuracy = measured[0]["eval/greedy_accuracy"]
         return [f"held-out accuracy {accuracy:.3f} after step {last}; measured once, so no gain is known"]
-    rows = [("all", data["held_out_accuracy_before"], data["held_out_accuracy_after"])]
-    rows += [(f"level {k}", v["before"], v["after"]) for k, v in data["by_level"].items()]
-    lines = [f"{'held-out accuracy':<20}{'before':>8}{'after':>8}{'gain':>8}"]
-    for name, first, latest in rows:
-        lines.append(f"{name:<20}{_number(first)}{_number(latest)}{_number(_gain(first, latest), '+')}")
+    rows = [("all", data["held_out_accuracy_before"], data["held_out_accuracy_after"], data["best_constant_accuracy"])]
+    rows += [(f"level {k}", v["before"], v["after"], v["best_constant"]) for k, v in data["by_level"].items()]
+    known = rows[0][3] is not None
+    lines = [f"{'held-out accuracy':<28}{'before':>8}{'after':>8}{'gain':>8}" + (f"{'constant':>10}" if known else "")]
+    for name, first, latest, constant in rows:
+        gain = _number(_gain(first, latest), "+")
+        beside = f"  {_number(constant)}" if known else ""
+        lines.append(f"{name:<28}{_number(first)}{_number(latest)}{gain}{beside}")
+    if known:
+        lines.append("constant: what the best answer that is the same for every prompt would get")
     if data["interrupted_at"] is not None and last < data["interrupted_at"]:
         lines.append(
             f"after: as measured after step {last}; steps {last + 1} to {data['interrupted_at']} are not in it"

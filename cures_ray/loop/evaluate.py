@@ -33,6 +33,7 @@ class Evaluator:
         samples_per_prompt: draws at the training temperature besides the greedy answer; 0 for none.
         seed: the draws' seed; the same at every version, so that curves are paired.
         samples: where the greedy answers to the first prompts are written.
+        constants: what needs no model and is reported beside it: the best constant answer's accuracy.
     """
 
     def __init__(
@@ -42,15 +43,17 @@ class Evaluator:
         samples_per_prompt: int = 0,
         seed: int = 0,
         samples: SampleLog | None = None,
+        constants: Metrics | None = None,
     ) -> None:
         self.prompts, self.verifier, self.samples = prompts, verifier, samples
+        self._constants = {f"eval/{name}": value for name, value in (constants or {}).items()}
         self.samples_per_prompt, self.seed = samples_per_prompt, seed
         self.history: list[tuple[int, Metrics]] = []
 
     async def __call__(self, version: int, generators: Callable[[], list[GeneratorPort]]) -> Metrics:
         limit = asyncio.Semaphore(1024)
         kinds = ["greedy", "sampled"] if self.samples_per_prompt else ["greedy"]
-        metrics: Metrics = {"eval/version": float(version)}
+        metrics: Metrics = {"eval/version": float(version), **self._constants}
         for kind in kinds:
             tasks = [self._score(version, i, kind == "greedy", generators, limit) for i in range(len(self.prompts))]
             scores = np.array(await asyncio.gather(*tasks))

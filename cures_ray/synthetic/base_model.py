@@ -333,15 +333,18 @@ def main(argv: list[str]) -> int:
         ("seed", "of the prompts, the mistakes and the weights"),
         ("prompts", "training prompts"),
         ("eval_prompts", "held-out prompts, never among the training prompts"),
-        ("sft_steps", "supervised steps"),
+        ("sft_steps", "supervised steps; default: as many as the task takes"),
         ("hidden", "hidden size"),
         ("layers", "transformer layers"),
     ):
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, dest=name, type=int, default=getattr(default, name), help=text)
     parser.add_argument("--levels", default="", help="difficulty mix, such as 5,6 or 1,1,2; default: all levels once")
+    parser.set_defaults(sft_steps=None)
     args = vars(parser.parse_args(argv))
     out, levels = args.pop("out"), args.pop("levels")
+    if args["sft_steps"] is None:
+        args["sft_steps"] = TASKS[args["task"]].sft_steps
     try:
         mix = tuple(int(level) for level in levels.split(",") if level) or None
     except ValueError:

@@ -32,6 +32,13 @@ def test_a_whole_run_shows_before_after_and_gain():
     assert "interrupted" not in "\n".join(lines)
 
 
+def test_the_best_constant_answer_stands_beside_before_and_after():
+    constants = {"eval/best_constant_accuracy": 0.125, "eval/best_constant_accuracy/level_1": 0.5}
+    (_, before), (_, after) = evaluation(0, 0.25), evaluation(40, 0.5)
+    lines = text((0, before | constants), (40, after | constants)).splitlines()
+    assert [line.split()[-1] for line in lines[1:4]] == ["constant", "0.125", "0.500"]
+
+
 def test_a_run_that_was_interrupted_before_its_second_evaluation_claims_no_gain():
     out = text(evaluation(0, 0.25), interrupted_at=7)
     assert "interrupted after 7 of 40 steps" in out and "the same command continues" in out

@@ -79,3 +79,11 @@ async def test_the_first_greedy_answers_are_written_for_people(tmp_path):
     later = [line for line in lines if line["version"] == 4]
     assert {line["prompt_id"] for line in later} == {prompts.row(i).prompt_id for i in range(3)}
     assert all(line["outcome"] in ("correct", "incorrect") and isinstance(line["completion"], str) for line in later)
+
+
+async def test_the_best_constant_answer_stands_beside_every_accuracy():
+    prompts = Prompts(8)
+    evaluator = Evaluator(prompts, FakeVerifier(), constants={"best_constant_accuracy": 0.25})
+    for version in (1, 2):
+        metrics = await evaluator(version, ready(FakeFleet(prompts)))
+        assert metrics["eval/best_constant_accuracy"] == 0.25

@@ -2,11 +2,16 @@
 
 import json
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from cures_ray.config import DataConfig
-from cures_ray.data.presets import EVAL_SETS, eval_settings
-from cures_ray.data.table import load_prompts
+from cures_ray.config import Config, DataConfig
+from cures_ray.curriculum.machine import Curriculum
+from cures_ray.data.presets import DATA_PRESETS, EVAL_SETS, eval_settings
+from cures_ray.data.table import curriculum_columns, load_prompts
+from cures_ray.loop.evaluate import Evaluator
 from cures_ray.messages import ConfigError
 from cures_ray.synthetic.base_model import build_tokenizer
 
@@ -63,3 +68,88 @@ def test_without_a_local_file_the_hub_is_named_and_unknown_names_are_refused(tmp
     assert [n for n, preset in EVAL_SETS.items() if preset.samples == 16] == ["aime24", "aime25", "amc23"]
     with pytest.raises(ConfigError, match="there are math500, gsm8k"):
         eval_settings("math501")
+
+
+WORKED = "We add.\nSo the total is $\\boxed{\\frac{3}{4}}$."
+# preset -> rows as the Hub has them, the golds of those that are kept, and their levels
+TRAIN_ROWS = {
+    "gsm8k": (
+        [{"question": "Ann sells 48 and 24.", "answer": "48/2 = <<48/2=24>>24\n48+24 = <<48+24=72>>72\n#### 72"},
+         {"question": "A house costs $1,080.", "answer": "#### 1,080"}],
+        ["72", "1080"],
+        None,
+    ),
+    "math": (
+        [{"problem": "p", "level": "Level 5", "type": "Algebra", "solution": WORKED},
+         {"problem": "q", "level": "Level ?", "type": "Geometry", "solution": "No answer here."},
+         {"problem": "r", "level": "Level 1", "type": "Algebra", "solution": "\\boxed{7}"}],
+        ["\\frac{3}{4}", "7"],
+        ["Level 5", "Level 1"],
+    ),
+    "numina_math": (
+        [{"source": "olympiads", "problem": "Prove it.", "solution": "Q.E.D.",
+          "messages": [{"role": "user", "content": "Prove it."}, {"role": "assistant", "content": "Q.E.D."}]},
+         {"source": "amc_aime", "problem": "Find it.", "solution": WORKED,
+          "messages": [{"role": "user", "content": "Find it."}, {"role": "assistant", "content": WORKED}]}],
+        ["\\frac{3}{4}"],
+        ["amc_aime"],
+    ),
+    "numina_math_1_5": (
+        [{"problem": "a", "solution": "s", "answer": "proof", "problem_type": "Algebra", "source": "olympiads"},
+         {"problem": "b", "solution": "s", "answer": "notfound", "problem_type": "Algebra", "source": "olympiads"},
+         {"problem": "c", "solution": "s", "answer": "x=3", "problem_type": "Algebra", "source": "cn_k12"}],
+        ["x=3"],
+        ["cn_k12"],
+    ),
+    "dapo_math": (
+        [{"data_source": "math_dapo", "prompt": [{"content": "Solve: 1+33", "role": "user"}], "ability": "MATH",
+          "reward_model": {"ground_truth": "34", "style": "rule"}, "extra_info": {"index": "9a"}}] * 3,
+        ["34"],  # the set repeats each prompt a hundred times
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("name", list(DATA_PRESETS))
+def test_a_training_set_is_read_with_the_columns_of_the_hub(tmp_path, tokenizer, name, suffix):
+    rows, golds, levels = TRAIN_ROWS[name]
+    path = tmp_path / f"train.{suffix}"
+    if suffix == "jsonl":
+        write(path, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    table = load_prompts(DataConfig(train=str(path), preset=name), tokenizer)
+    assert [table.row(i).answer for i in range(len(table))] == golds
+    assert (None if table.levels is None else table.levels.tolist()) == levels
+    report = table.report
+    assert report.read == len(rows) == report.no_gold + report.merged + report.kept
+    if name == "dapo_math":
+        assert table.row(0).row["extra_info"] == {"index": "9a"} and table.row(0).row["data_source"] == "math_dapo"
+
+
+def test_levels_of_text_work_as_prior_as_feature_and_in_the_summary_of_an_evaluation(tmp_path, tokenizer):
+    rows, _, _ = TRAIN_ROWS["math"]
+    table = load_prompts(DataConfig(train=str(write(tmp_path / "m.jsonl", rows)), preset="math"), tokenizer)
+    for prior in ("level", "predictor", "mixture"):
+        config = Config.model_validate({"curriculum": {"prior_from": prior}})
+        assert Curriculum(config, *curriculum_columns(config, table)).lease("g0", 4, 0)
+    assert Evaluator(table, None)._summaries(np.array([1.0, 0.0])) == {  # type: ignore[arg-type]
+        "accuracy": 0.5,
+        "faults": 0.0,
+        "accuracy/level_Level 5": 1.0,
+        "accuracy/level_Level 1": 0.0,
+    }
+
+
+def test_an_unknown_preset_is_refused_with_those_there_are(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"question": "1", "answer": "1"}])
+    with pytest.raises(ConfigError, match="there are gsm8k, math"):
+        load_prompts(DataConfig(train=str(path), preset="gsm9k"), tokenizer)
+
+
+def test_a_key_that_is_set_goes_before_the_preset(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"question": "q", "rewritten": "r", "answer": "#### 1", "short": "2"}])
+    config = DataConfig(train=str(path), preset="gsm8k", prompt_key="rewritten", answer_key="short")
+    row = load_prompts(config, tokenizer).row(0)
+    assert (row.text, row.answer) == ("<|user|>r<|assistant|>", "2")
