@@ -15,7 +15,8 @@ from cures_ray.data.table import check_disjoint, curriculum_columns, load_prompt
 from cures_ray.messages import ConfigError, Outcome
 from cures_ray.synthetic.base_model import build_tokenizer
 from cures_ray.verify import reasoning_gym as judge
-from cures_ray.verify.pool import VerifyItem, VerifyPool, self_test
+from cures_ray.verify.pool import VerifyItem, VerifyPool
+from cures_ray.verify.self_test import self_test
 
 ROOT = Path(__file__).resolve().parents[2]
 SUMS = {
@@ -123,12 +124,19 @@ def test_judge_and_generator_make_entries_of_the_same_size():
         (" 7.\n", "7"),
         ("so 3+4 = \\boxed{ 7 }, not \\boxed{8} but \\boxed{7}", "7"),
         ("<answer>6</answer> no: <answer> 7 </answer>", "7"),
-        ("the answer is 7", "the answer is 7"),
+        ("The answer to the given arithmetic problem is 7.", "7"),
+        ("The answer is 1.5. Then we stop", "1.5"),
+        ("Answer: **7**", "7"),
+        ("3 + 4 = 7", "7"),
+        ("The answer is 6. No, the answer is 7.", "7"),
+        ("No. 1746 is a leap year", "No"),
+        ("Nothing is known", "Nothing is known"),
+        ("To find the answer, we add 3", "To find the answer, we add 3"),
         ("", ""),
     ],
 )
-def test_the_answer_is_the_last_box_or_tag_or_the_whole_completion(completion, answer):
-    assert judge.answer_in(completion) == answer
+def test_the_answer_is_a_box_a_tag_a_first_word_a_statement_or_the_whole_completion(completion, answer):
+    assert judge.answers_in(completion)[0] == answer
 
 
 def test_verdicts_come_from_the_tasks_own_scorers_in_their_processes(tables):
@@ -139,7 +147,9 @@ def test_verdicts_come_from_the_tasks_own_scorers_in_their_processes(tables):
     cases = [
         (sums, sums.answer, 1.0),
         (sums, f"\\boxed{{{sums.answer}}}", 1.0),
-        (sums, f"The answer is {sums.answer}", 0.0),  # the scorer gives a part for it; without partial credit none
+        (sums, f"The answer is {sums.answer}", 1.0),
+        (sums, f"It must be {sums.answer}", 0.0),  # the scorer gives a part for it; without partial credit none
+        (sums, f"The answer is {sums.answer}. The answer is {int(sums.answer) + 1}", 0.0),
         (sums, "", 0.0),
         (leap, leap.answer, 1.0),
         (leap, "Yes" if leap.answer == "No" else "No", 0.0),
@@ -177,7 +187,7 @@ def test_another_entry_than_the_rows_is_a_fault_and_so_is_a_row_of_other_data():
 
 
 def test_partial_credit_is_the_scorers_own_value():
-    text = "it is " + gym.dataset_of("chain_sum", {}, 3)[5]["answer"]
+    text = "it may be " + gym.dataset_of("chain_sum", {}, 3)[5]["answer"]
     whole, part = (
         judge.ReasoningGymJudge()(item("chain_sum", text, partial_credit=credit)) for credit in (False, True)
     )
