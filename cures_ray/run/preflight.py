@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,19 @@ def prepare_inputs(config: Config, *, claim_run_dir: bool = True, test_verifier:
     try:
         inputs = _load(config, test_verifier)
         folder.begin()
+        _list_contaminated(inputs)
     except BaseException:
         folder.lock.release()
         raise
     return replace(inputs, resume=folder.resume, folder=folder, notes=[*folder.notes, *inputs.notes])
+
+
+def _list_contaminated(inputs: Inputs) -> None:
+    """``RUN/decontaminated.jsonl``: every training prompt that was dropped for its overlap with an evaluation set."""
+    dropped = inputs.train.report.contaminated
+    if dropped:
+        lines = [json.dumps({"evaluation_set": name, "prompt": text}) + "\n" for name, text in dropped]
+        (inputs.run_dir / "decontaminated.jsonl").write_text("".join(lines))
 
 
 def _load(config: Config, test_verifier: bool) -> Inputs:

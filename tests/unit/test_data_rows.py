@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cures_ray.config import DataConfig
+from cures_ray.config import Config, DataConfig
 from cures_ray.data.table import load_prompts
 from cures_ray.messages import ConfigError
+from cures_ray.run.preflight import prepare_inputs
 from cures_ray.synthetic.base_model import build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +107,24 @@ def test_training_prompts_that_overlap_with_an_evaluation_set_are_dropped_and_na
         load(tokenizer, source, decontaminate_against=[str(tmp_path / "none.jsonl")])
 
 
+def test_a_run_leaves_the_list_of_what_was_dropped_for_its_overlap(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "model")
+    held_out = write(tmp_path / "held_out.jsonl", [{"problem": LONG, "answer": "1"}])
+    source = write(tmp_path / "a.jsonl", [{"prompt": LONG, "answer": "1"}, {"prompt": "What is 2+3?", "answer": "5"}])
+    config = Config.model_validate(
+        {
+            "model": {"path": str(tmp_path / "model")},
+            "data": {"train": source, "decontaminate_against": [held_out]},
+            "checkpoint": {"dir": str(tmp_path / "run")},
+        }
+    )
+    inputs = prepare_inputs(config, test_verifier=False)
+    inputs.release()
+    listed = json.loads((tmp_path / "run" / "decontaminated.jsonl").read_text())
+    assert listed == {"evaluation_set": held_out, "prompt": LONG[:80]}
+    assert any("1 that overlap with evaluation sets dropped" in note for note in inputs.notes)
+
+
 def test_the_best_constant_answer_is_the_most_frequent_gold(tmp_path, tokenizer):
     answers = ["No", "No", "No", "Yes", "1", "2"]
     rows = [{"prompt": f"{i}", "answer": a, "level": "leap" if i < 4 else "sum"} for i, a in enumerate(answers)]
@@ -120,7 +139,7 @@ def test_the_best_constant_answer_is_the_most_frequent_gold(tmp_path, tokenizer)
 MEASURE = """
 import json, sys
 from pathlib import Path
-from cures_ray.config import DataConfig
+from cures_ray.config import Config, DataConfig
 from cures_ray.data.table import load_prompts
 from cures_ray.synthetic.base_model import build_tokenizer
 small, large = sys.argv[1:]
