@@ -10,8 +10,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from cures_ray.config import Config, Section
+from cures_ray.config import METHODS, Config, Section
+from cures_ray.config_curriculum import methods_with
 from cures_ray.messages import ConfigError
+
+Tree = dict[str, Any]  # {section: {key: value}}
 
 # Spellings of other trainers -> ours. Keys are matched on their last dotted part or whole.
 TRANSLATIONS = {
@@ -46,6 +49,15 @@ TRANSLATIONS = {
     "vllm_tensor_parallel_size": "rollout.tensor_parallel_size",
     "model_name_or_path": "model.path",
     "pretrain": "model.path",
+    "lora_rank": "model.lora.rank",
+    "lora_r": "model.lora.rank",
+    "lora_alpha": "model.lora.alpha",
+    "target_modules": "model.lora.targets",
+    "use_peft": "model.lora (model.lora.rank=16 switches it on)",
+    "ppo_mini_batch_size": "algo.mini_batches (how many, not how large)",
+    "mini_batch_size": "algo.mini_batches (how many, not how large)",
+    "ppo_epochs": "algo.updates_per_batch",
+    "num_iterations": "algo.updates_per_batch",
     "dataset_name": "data.train",
     "prompt_data": "data.train",
     "output_dir": "checkpoint.dir",
@@ -60,27 +72,67 @@ TRANSLATIONS = {
     "max_head_offpolicyness": "async_rl.max_staleness",
 }
 
+# What other trainers have and this one has not. Keys are matched when they contain the word.
+NOT_SUPPORTED = {
+    "multi_turn": "conversations of several turns are not supported: a rollout is one answer",
+    "multiturn": "conversations of several turns are not supported: a rollout is one answer",
+    "max_turns": "conversations of several turns are not supported: a rollout is one answer",
+    "tool": "tool calls are not supported: a rollout is one answer",
+    "critic": "a critic is not supported: the baseline is the belief, or the other rollouts of the prompt",
+    "value_model": "a value model is not supported: the baseline is the belief, or the other rollouts of the prompt",
+    "vf_coef": "a value model is not supported: the baseline is the belief, or the other rollouts of the prompt",
+    "gae": "a critic is not supported, and so GAE is not; see algo.advantage",
+    "reward_model": "a learned reward model is not supported: rewards come from verifier.fn, which may call one",
+    "quantization": "quantised weights are not supported; see rollout.dtype and learner.dtype",
+    "load_in_4bit": "quantised weights are not supported; see rollout.dtype and learner.dtype",
+    "megatron": "Megatron is not supported: the learner is DeepSpeed (learner.zero_stage)",
+    "fsdp": "FSDP is not supported: the learner is DeepSpeed (learner.zero_stage)",
+    "pipeline_parallel": "pipeline parallelism is not supported; see learner.zero_stage and tensor_parallel_size",
+    "sequence_parallel": "sequence parallelism is not supported; see learner.max_tokens_per_rank",
+    "sglang": "SGLang is not supported: generators are vLLM engines",
+    "images": "pictures are not supported: prompts are text",
+    "multimodal": "pictures are not supported: prompts are text",
+}
+
+
+def section_types(section: str) -> list[type[Section]]:
+    """The models that a section may be: one, or for the curriculum one a method."""
+    annotation = Config.model_fields[section].annotation
+    return list(METHODS.values()) if section == "curriculum" else [annotation]  # type: ignore[list-item]
+
 
 def known_keys() -> list[str]:
-    """Every dotted key, in the order of the configuration."""
-    keys = []
-    for section, field in Config.model_fields.items():
-        keys += [f"{section}.{name}" for name in _section_type(field).model_fields]
-    return keys
+    """Every dotted key, in the order of the configuration; those of the curriculum for all methods."""
+    names = [
+        f"{section}.{name}"
+        for section in Config.model_fields
+        for t in section_types(section)
+        for name in t.model_fields
+    ]
+    return list(dict.fromkeys(names))
 
 
 def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read ``path`` (.yaml, .yml or .toml; None: the defaults), apply ``section.key=value`` overrides, validate.
 
+    An override wins over the file, also where it leaves a key of the file without effect: with
+    ``curriculum.method=uniform`` the file's ``curriculum.tau`` is dropped.
+
     Raises:
         ConfigError: missing or unreadable file, malformed override, unknown key (with the nearest known
-            one), value out of bounds, or an unsatisfiable combination. All problems are listed at once.
+            one), a key without effect, value out of bounds, or an unsatisfiable combination.
     """
     tree = _read_tree(Path(path)) if path is not None else {}
     where = path or "on the command line"
+    written = {f"{section}.{key}": "" for section, body in tree.items() if isinstance(body, dict) for key in body}
+    idle_in_file = without_effect(tree)
     for override in overrides:
-        _apply_override(tree, override)
+        written.pop(_apply_override(tree, override), None)
     _reject_unknown(tree, str(where))
+    drop_without_effect(tree, set(written) - set(idle_in_file))
+    if idle := without_effect(tree):
+        lines = [f"{key} has no effect {why}; remove it" for key, why in idle.items()]
+        raise ConfigError(f"configuration {where}:\n  " + "\n  ".join(lines))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -88,7 +140,44 @@ def load_config(path: str | Path | None, overrides: list[str] | tuple[str, ...] 
         raise ConfigError(f"configuration {where}:\n  " + "\n  ".join(lines)) from None
 
 
-def _read_tree(path: Path) -> dict[str, Any]:
+def without_effect(tree: Tree) -> dict[str, str]:
+    """Dotted keys of ``tree`` that nothing would read beside its other settings -> why."""
+    idle: dict[str, str] = {}
+    for section, body in tree.items():
+        if section not in Config.model_fields or not isinstance(body, dict):
+            continue
+        kind, known = section_types(section)[0], body
+        if section == "curriculum":
+            method = body.get("method", "cures")
+            if method not in METHODS:
+                continue
+            kind, known = METHODS[method], {key: v for key, v in body.items() if key in METHODS[method].model_fields}
+            others = {key: methods_with(key) for key in body if key not in known}
+            idle |= {
+                f"curriculum.{key}": f"with method = {method} (it belongs to {', '.join(methods)})"
+                for key, methods in others.items()
+                if methods
+            }
+        reasons = kind.model_construct(**known).without_effect()
+        idle |= {f"{section}.{key}": why for key, why in reasons.items() if key in body}
+    return idle
+
+
+def drop_without_effect(tree: Tree, keys: set[str]) -> None:
+    """Remove those of the dotted ``keys`` from ``tree`` that have no effect in it."""
+    for dotted in keys & set(without_effect(tree)):
+        section, _, key = dotted.partition(".")
+        del tree[section][key]
+
+
+def merged(base: Tree, over: Tree) -> Tree:
+    """``over`` on top of ``base``, without those keys of ``base`` that it leaves without effect."""
+    tree = {section: {**base.get(section, {}), **over.get(section, {})} for section in base | over}
+    drop_without_effect(tree, {f"{s}.{key}" for s, body in base.items() for key in body if key not in over.get(s, {})})
+    return tree
+
+
+def _read_tree(path: Path) -> Tree:
     if not path.is_file():
         raise ConfigError(f"configuration file not found: {path} (looked in {Path.cwd()})")
     try:
@@ -105,7 +194,8 @@ def _read_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: Tree, override: str) -> str:
+    """Write one override into ``tree``; its dotted key."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {override!r}: write section.key=value, for example learner.lr=1e-6")
@@ -116,14 +206,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {part} is a value, not a section")
     node[parts[-1]] = text if _is_text(parts) else _scalar(text)
+    return ".".join(parts)
 
 
 def _is_text(parts: list[str]) -> bool:
     """Whether the key takes any text: a folder may be called 2024, and nothing means the empty text."""
     if len(parts) != 2 or parts[0] not in Config.model_fields:
         return False
-    field = _section_type(Config.model_fields[parts[0]]).model_fields.get(parts[1])
-    return field is not None and field.annotation is str
+    fields = [kind.model_fields.get(parts[1]) for kind in section_types(parts[0])]
+    return any(field is not None and field.annotation is str for field in fields)
 
 
 def _scalar(text: str) -> Any:
@@ -140,7 +231,7 @@ def _scalar(text: str) -> Any:
     return value
 
 
-def _reject_unknown(tree: dict[str, Any], where: str) -> None:
+def _reject_unknown(tree: Tree, where: str) -> None:
     problems = []
     for section, body in tree.items():
         if section not in Config.model_fields:
@@ -152,7 +243,7 @@ def _reject_unknown(tree: dict[str, Any], where: str) -> None:
         elif not isinstance(body, dict):
             problems.append(f"{section} is a section; write {section}.KEY=value")
         else:
-            known = _section_type(Config.model_fields[section]).model_fields
+            known = {name for kind in section_types(section) for name in kind.model_fields}
             problems += [_unknown(f"{section}.{k}") for k in body if k not in known]
     if problems:
         raise ConfigError(f"configuration {where}:\n  " + "\n  ".join(problems))
@@ -163,6 +254,9 @@ def _unknown(name: str) -> str:
     translated = TRANSLATIONS.get(name) or TRANSLATIONS.get(last)
     if translated:
         return f"unknown key {name}: here it is {translated}"
+    for word, why in NOT_SUPPORTED.items():
+        if word in name.lower().replace("-", "_"):
+            return f"unknown key {name}: {why}"
     keys = known_keys()
     same_leaf = [k for k in keys if k.split(".")[-1] == last]
     near = (
@@ -175,10 +269,13 @@ def _unknown(name: str) -> str:
 
 
 def _explain(error: Any) -> str:
-    where = ".".join(str(p) for p in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
+    """One line: key = value: what is wrong. Rules between keys name them in their own text."""
+    parts = [str(p) for p in error["loc"]]
+    if parts[:1] == ["curriculum"] and len(parts) > 1 and parts[1] in METHODS:
+        del parts[1]  # the tag of the union
+    where, message = ".".join(parts), error["msg"].removeprefix("Value error, ")
+    if error["type"] == "union_tag_invalid":
+        return f"{where}.method = {error['ctx']['tag']!r}: {' | '.join(METHODS)} is expected"
+    if isinstance(error["input"], dict):
+        return f"{where}: {message}" if where else message
     return f"{where} = {error['input']!r}: {message}" if where else message
-
-
-def _section_type(field: Any) -> type[Section]:
-    return field.annotation

@@ -38,10 +38,12 @@ def batch_table(config: Config) -> list[tuple[str, str]]:
     length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     tokens = c.rollouts_per_step * length
     per_rank = -(-tokens // (le.num_ranks * le.max_tokens_per_rank))
+    least, most = c.bounds
+    within = f"at least {least}" if most is None else f"within {least}..{most}"
     return [
         ("prompts per step (m)", str(c.prompts_per_step)),
         ("rollouts per step (N)", str(c.rollouts_per_step)),
-        ("mean rollouts per prompt", f"{c.rollouts_per_step / c.prompts_per_step:g}, within {c.n_min}..{c.n_max}"),
+        ("mean rollouts per prompt", f"{c.rollouts_per_step / c.prompts_per_step:g}, {within}"),
         ("tokens per step, at most", f"{tokens:,}"),
         ("micro-batches per rank, at most", str(per_rank)),
         ("batches in flight, at most", str(config.async_rl.max_staleness + 1)),

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cures_ray.config import Config
-from cures_ray.config_load import known_keys
+from cures_ray.config_load import known_keys, merged
 from cures_ray.messages import ConfigError
 from cures_ray.synthetic.tasks import TASKS
 
@@ -56,7 +56,7 @@ COMMON: Overrides = {
 }
 
 _GRPO: Overrides = {"curriculum.method": "uniform", "curriculum.draw": "epoch", "algo.advantage": "grpo"}
-_SINGLE: Overrides = {"curriculum.prompts_per_step": 256, "curriculum.n_min": 1, "curriculum.n_max": 1}
+_SINGLE: Overrides = {"curriculum.prompts_per_step": 256}
 _GVM: Overrides = {  # gradient norms from the last layer, cached from training; the paper measures them on the pilots
     "curriculum.method": "gvm",
     "curriculum.draw": "epoch",
@@ -126,7 +126,7 @@ ARMS: dict[str, Overrides] = {
         "algo.loss_length": "token",
     },
     "speed": {"curriculum.method": "speed", "curriculum.draw": "epoch", "algo.advantage": "grpo"},
-    "mopps": {"curriculum.method": "mopps", "curriculum.belief_draw": "thompson", "algo.advantage": "grpo"},
+    "mopps": {"curriculum.method": "mopps", "algo.advantage": "grpo"},
     "ada": {"curriculum.method": "reinforce_ada", "curriculum.draw": "epoch", "algo.advantage": "dr_grpo"},
     "knapsack": {"curriculum.method": "knapsack", "curriculum.draw": "epoch", "algo.advantage": "grpo"},
     # CurES as published, and its parts
@@ -263,7 +263,10 @@ def arm_config(
     planned = values["curriculum.rollouts_per_step"] * PLANNED_PER_TRAINED.get(arm, 1.0)
     values.setdefault("trainer.steps", max(1, budget // values["curriculum.rollouts_per_step"]))
     values.setdefault("eval.interval", max(1, -(-budget // round(planned * EVALUATIONS))))
-    return Config.model_validate(nested(values))
+    # arms are built from each other, so a part may hold a key that the whole leaves without effect
+    written = changes | extra
+    parts = {key: value for key, value in values.items() if key not in written}
+    return Config.model_validate(merged(nested(parts), nested(written)))
 
 
 def nested(values: Overrides) -> dict[str, dict[str, Any]]:

@@ -95,7 +95,7 @@ async def measure(case: tuple[str, int, int, int, int], folder: Path, repeats: i
         config = Config.model_validate(
             {
                 "model": {"path": str(folder / name)},
-                "curriculum": {"sigma": sigma},
+                "curriculum": {"allocation": "sigma", "sigma": sigma},
                 "learner": {"dtype": "float32", "max_tokens_per_rank": MAX_TOKENS},
             }
         )
@@ -146,7 +146,10 @@ def statistics_cpu_seconds(case: tuple[str, int, int, int, int], repeats: int) -
     _, vocabulary, width, _, rollouts = case
     torch.set_num_threads(1)
     batch = make_batch(0, vocabulary, rollouts)
-    settings = {"curriculum": {"sigma": "last_layer"}, "learner": {"max_tokens_per_rank": MAX_TOKENS}}
+    settings = {
+        "curriculum": {"allocation": "sigma", "sigma": "last_layer"},
+        "learner": {"max_tokens_per_rank": MAX_TOKENS},
+    }
     plan = plan_step(batch, 1, Config.model_validate(settings))[0]
     rows = [[make_row(batch.groups[g], batch.groups[g].payload, slot) for g, slot in rollouts] for rollouts in plan]
     work = []

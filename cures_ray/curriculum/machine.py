@@ -177,7 +177,7 @@ class Curriculum:
 
     @property
     def _trains_pilots(self) -> bool:
-        return self.config.curriculum.train_on_pilots
+        return self.config.curriculum.trains_pilots
 
     # -- settling --------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from cures_ray.config import CuresCurriculum, GvmCurriculum, KnapsackCurriculum, MoppsCurriculum
 from cures_ray.curriculum.allocation import (
     apportion,
     cost_aware,
@@ -53,7 +54,7 @@ def uniform(pool: PromptPool, batch: Batch) -> Round | None:
 def cures(pool: PromptPool, batch: Batch) -> Round | None:
     """Algorithm 1. A subset (belief = reset) starts with N' pilots of all its prompts, in its first batch; then
     m draws ~ rho* (eq. 14) share N rollouts by sigma (eq. 20). Other beliefs have pilots, if any, once."""
-    c = pool.config.curriculum
+    c = pool.settings(CuresCurriculum)
     if any(held.role == "train" for held in batch.leases):
         return None
     if batch.rounds == 0:
@@ -73,10 +74,11 @@ def allocate(pool: PromptPool, draw: Draw) -> np.ndarray:
     ``sigma: bernoulli`` is the paper's sqrt(p(1-p)) for every advantage; ``last_layer`` follows the advantage
     in use, with the cached moments at the current posterior mean.
     """
-    c = pool.config.curriculum
+    c = pool.settings(CuresCurriculum)
     if c.allocation == "uniform":
         return equal_shares(pool, draw)
-    p, total, high = pool.belief.mean(draw.index), c.rollouts_per_step, upper_bound(pool.config, draw.multiplicity)
+    p, total = pool.belief.mean(draw.index), c.rollouts_per_step
+    high = upper_bound(c.n_max, total, draw.multiplicity)
     weight, _ = objective_weights(pool, draw)
     measured = pool.belief.moments(draw.index) if c.sigma == "last_layer" else None
     if c.allocation == "rloo_gain" and 2 * len(p) <= total:
@@ -98,7 +100,7 @@ def gvm(pool: PromptPool, batch: Batch) -> Round | None:
     pilots' raw accuracy. G_i is sqrt(M+) of the prompt's cached last-layer statistics (the paper measures it on the
     pilots) with ``sigma: last_layer``, imputed where it has none, else 1. p = 0 or G = 0 gets nothing; when no prompt
     qualifies all get the same."""
-    c = pool.config.curriculum
+    c = pool.settings(GvmCurriculum)
     if batch.rounds == 0:
         draw = pool.draw_uniform(c.prompts_per_step, round_rng(pool.config, batch))
         weight, _ = objective_weights(pool, draw)
@@ -124,9 +126,9 @@ def knapsack_rl(pool: PromptPool, batch: Batch) -> Round | None:
     """Knapsack RL (2509.25849): uniform prompts; n_i maximise sum (1 - p^n - (1-p)^n) p (1-p)^2, same total."""
     if batch.rounds:
         return None
-    c = pool.config.curriculum
+    c = pool.settings(KnapsackCurriculum)
     draw = pool.draw_uniform(c.prompts_per_step, round_rng(pool.config, batch))
-    high = upper_bound(pool.config, draw.multiplicity)
+    high = upper_bound(c.n_max, c.rollouts_per_step, draw.multiplicity)
     p = pool.belief.mean(draw.index)
     return planned(pool, draw, knapsack(p, draw.multiplicity.astype(float), c.rollouts_per_step, max(c.n_min, 1), high))
 
@@ -136,7 +138,7 @@ def mopps(pool: PromptPool, batch: Batch) -> Round | None:
     nearest ``mopps_target`` get N/m rollouts each. No pilots; beliefs discounted (``belief: discount``)."""
     if batch.rounds:
         return None
-    c = pool.config.curriculum
+    c = pool.settings(MoppsCurriculum)
     rng = round_rng(pool.config, batch)
     size = min(c.mopps_pool_factor * c.prompts_per_step, pool.size)
     candidates = rng.choice(pool.size, size, replace=False)

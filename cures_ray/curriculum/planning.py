@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cures_ray.config import Config
+from cures_ray.config import Config, CuresCurriculum
 from cures_ray.curriculum.allocation import apportion
 from cures_ray.curriculum.batches import Batch, Held, Round
 from cures_ray.curriculum.pool import PromptPool, rng_for
@@ -34,7 +34,7 @@ def keep_all(pool: PromptPool, batch: Batch) -> list[Selection]:
     """Everything that was verified; pilots only with ``train_on_pilots``, and only of prompts with a weight in the
     objective: those of a whole subset are mostly not drawn."""
     weighted = {h.lease.prompt_index for h in batch.leases if h.lease.weight > 0}
-    if not pool.config.curriculum.train_on_pilots:
+    if not pool.config.curriculum.trains_pilots:
         weighted.clear()
     return [
         (
@@ -51,16 +51,16 @@ def equal_shares(pool: PromptPool, draw: Draw) -> np.ndarray:
     return apportion(draw.multiplicity.astype(float), total, 0, total)
 
 
-def upper_bound(config: Config, multiplicity: np.ndarray) -> np.ndarray:
-    """n_max a prompt; n_max a *draw* when duplicates leave too few prompts to hold N."""
-    c = config.curriculum
-    bound = np.full(len(multiplicity), c.n_max)
-    return bound if bound.sum() >= c.rollouts_per_step else c.n_max * multiplicity
+def upper_bound(n_max: int, total: int, multiplicity: np.ndarray) -> np.ndarray:
+    """n_max a prompt; n_max a *draw* when duplicates leave too few prompts to hold ``total`` rollouts."""
+    bound = np.full(len(multiplicity), n_max)
+    return bound if bound.sum() >= total else n_max * multiplicity
 
 
 def objective_weights(pool: PromptPool, draw: Draw) -> tuple[np.ndarray, dict[str, float]]:
     """W_i c_i / m with W_i = (1 / (|D| rho_i))^kappa (ALGORITHMS.md 3.5), [k], and the ESS of W."""
-    kappa = pool.config.curriculum.importance_weight_power
+    c = pool.config.curriculum
+    kappa = c.importance_weight_power if isinstance(c, CuresCurriculum) else 0.0  # uniform draws need no weights
     importance = importance_weights(draw.rho, pool.size, kappa)
     m = int(draw.multiplicity.sum())
     metrics = {"importance_ess_fraction": weight_ess(importance, draw.multiplicity) / m} if kappa else {}
@@ -87,7 +87,7 @@ def pilot_round(
     pool: PromptPool, index: np.ndarray, weight: np.ndarray | None = None, draws: np.ndarray | None = None
 ) -> Round:
     """N' rollouts of every prompt. Weight 0 leaves the weight to the lease that the prompt is trained with."""
-    n = np.full(len(index), pool.config.curriculum.pilot_rollouts)
+    n = np.full(len(index), pool.config.curriculum.pilots)
     weight = np.zeros(len(index)) if weight is None else weight
     return Round(index=index, n=n, weight=weight, draws=draws, role="pilot", metrics={"pilot_rollouts": float(n.sum())})
 

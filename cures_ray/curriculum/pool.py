@@ -9,17 +9,18 @@ index order. So the draw of a batch depends on which settlements came before it 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from cures_ray.config import Config
+from cures_ray.config import Config, CuresCurriculum
 from cures_ray.curriculum.belief import BeliefTable
 from cures_ray.curriculum.experts import ExpertMixture
 from cures_ray.curriculum.sampling import Draw, EpochSampler, PotentialSampler, UniformSampler, potential
 from cures_ray.messages import GradientStatistics
 
 BUILD_ANEW = 2**20  # changed potentials
+Kind = TypeVar("Kind")  # of a curriculum section
 SAMPLE = 10_000  # prompts that metrics and histograms look at
 
 
@@ -39,7 +40,7 @@ class PromptPool:
     ) -> None:
         c = config.curriculum
         self.config, self.count = config, count
-        self._belief = BeliefTable(count, c.prior_alpha, c.prior_beta, track_gradients=c.sigma == "last_layer")
+        self._belief = BeliefTable(count, c.prior_alpha, c.prior_beta, track_gradients=c.measures_gradients)
         # observed and not counted yet: (batch, lease, attempt, prompt, successes, failures)
         self._pending: list[tuple[int, int, int, int, float, float]] = []
         self.mixture = ExpertMixture(c.prior_from, count, levels, features, c.prior_strength)
@@ -48,10 +49,20 @@ class PromptPool:
         self._samplers: dict[str, PotentialSampler] = {}
         self._dirty: list[np.ndarray] = []
         self._commits_since_refresh = 0
-        self.epochs = EpochSampler(count, config.trainer.seed) if c.draw == "epoch" else None
-        cost_aware = c.allocation == "cost_aware"
-        self.cost = np.full(count, np.nan, np.float32) if cost_aware else None  # tokens a rollout; NaN: not seen
+        self.epochs = EpochSampler(count, config.trainer.seed) if c.in_epochs else None
+        self.cost = np.full(count, np.nan, np.float32) if c.measures_cost else None  # tokens a rollout; NaN: not seen
         self._speed = np.zeros(2)  # tokens generated, seconds of generation
+
+    def settings(self, kind: type[Kind]) -> Kind:
+        """The curriculum section, which must be that of the method that asks.
+
+        Raises:
+            TypeError: it is another method's.
+        """
+        section = self.config.curriculum
+        if not isinstance(section, kind):
+            raise TypeError(f"curriculum.method = {section.method} has no {kind.__name__}")
+        return section
 
     # -- evidence --------------------------------------------------------------------------------
 
@@ -159,7 +170,7 @@ class PromptPool:
 
     def enter_subset(self, number: int) -> None:
         """Draw only from subset ``number`` mod T from now on; its beliefs start from the prior."""
-        total = min(self.config.curriculum.subsets, self.count)
+        total = min(self.settings(CuresCurriculum).subsets, self.count)
         self.subset = number
         self._select(number % total, total)
         self.belief.reset(self.members)
@@ -179,7 +190,7 @@ class PromptPool:
     def draw(self, m: int, rng: np.random.Generator) -> Draw:
         """m i.i.d. draws with replacement from rho* = softmax(sqrt(p(1-p)) / tau) (eq. 14), duplicates merged;
         tau fixed or steered to the target ESS."""
-        c = self.config.curriculum
+        c = self.settings(CuresCurriculum)
         sampler = self._sampler(rng)
         tau = c.tau if c.tau is not None else sampler.solve_tau(c.target_ess_fraction)
         return self._global(sampler.draw(m, rng, tau))
@@ -199,7 +210,7 @@ class PromptPool:
         """The sampler with every pending change applied, in index order."""
         belief = self.belief  # counts what is pending, so that it is among the changes below
         members = self._members  # None: all, of which a list would cost O(N) a draw
-        if self.config.curriculum.belief_draw == "thompson":  # a fresh accuracy for each prompt: O(N) a draw
+        if self.settings(CuresCurriculum).belief_draw == "thompson":  # a fresh accuracy for each prompt: O(N) a draw
             return PotentialSampler(potential(belief.sample(rng, members)))
         if sum(map(len, self._dirty)) > max(BUILD_ANEW, self.size // 4):
             self._samplers.clear()  # new priors for most of a large pool: building takes a tenth of the memory
@@ -244,8 +255,8 @@ class PromptPool:
         self._pending = [(int(a), int(b), int(c), int(i), s, f) for a, b, c, i, s, f in state["pending"].tolist()]
         self.subset = int(state["subset"])
         self._commits_since_refresh = int(state["commits_since_refresh"])
-        total = min(self.config.curriculum.subsets, self.count)
         if self.subset >= 0:
+            total = min(self.settings(CuresCurriculum).subsets, self.count)
             self._select(self.subset % total, total)
         if self.epochs is not None:
             self.epochs.load_state_dict(state["epochs"])

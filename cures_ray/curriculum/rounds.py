@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from cures_ray.config import AdaCurriculum, DapoCurriculum, SpeedCurriculum
 from cures_ray.curriculum.batches import Batch, Held, Round
 from cures_ray.curriculum.planning import Selection, continued, equal_shares, outcomes, planned, round_rng
 from cures_ray.curriculum.pool import PromptPool
@@ -19,7 +20,7 @@ def dapo(pool: PromptPool, batch: Batch) -> Round | None:
     (0 < mean reward < 1), at most ``dapo_max_rounds`` draws. Prompts already in the batch are not drawn again.
     With too few informative groups the batch is trained as it is (weight still 1/m a group) and the metric
     ``dapo_missing_groups`` counts what lacks."""
-    c = pool.config.curriculum
+    c = pool.settings(DapoCurriculum)
     informative = _informative(batch)
     if batch.rounds:
         batch.metrics["dapo_missing_groups"] = float(max(c.prompts_per_step - informative, 0))
@@ -56,7 +57,7 @@ def speed(pool: PromptPool, batch: Batch) -> Round | None:
     """SPEED-RL (2506.09016, withdrawn by its authors): screen m uniform prompts with ``speed_screen_rollouts``
     each, continue with ``speed_continue_rollouts`` where 0 < pass rate < 1. Screens of continued prompts are
     trained too. The batch therefore has its own number of rollouts, not N."""
-    c = pool.config.curriculum
+    c = pool.settings(SpeedCurriculum)
     if batch.rounds == 0:
         draw = pool.draw_uniform(c.prompts_per_step, round_rng(pool.config, batch))
         return planned(pool, draw, draw.multiplicity * c.speed_screen_rollouts, role="screen")
@@ -77,7 +78,7 @@ def speed_select(pool: PromptPool, batch: Batch) -> list[Selection]:
 def reinforce_ada(pool: PromptPool, batch: Batch) -> Round | None:
     """Reinforce-Ada (2510.04996): up to ``ada_max_rounds`` rounds of ``ada_round_rollouts`` a prompt; a prompt
     stops once it has half of ``ada_keep_rollouts`` of both outcomes."""
-    c = pool.config.curriculum
+    c = pool.settings(AdaCurriculum)
     if batch.rounds == 0:
         draw = pool.draw_uniform(c.prompts_per_step, round_rng(pool.config, batch))
         return planned(pool, draw, draw.multiplicity * c.ada_round_rollouts)
@@ -96,7 +97,7 @@ def reinforce_ada_select(pool: PromptPool, batch: Batch) -> list[Selection]:
     drawn (assemble.py). Prompts with one outcome only are filtered whole: their advantages are 0."""
     quota: dict[int, list[int]] = {}  # prompt -> how many [wrong, correct] are still to be kept
     for index, o in outcomes(batch.leases).items():
-        keep = pool.config.curriculum.ada_keep_rollouts * o.draws if o.informative else 0
+        keep = pool.settings(AdaCurriculum).ada_keep_rollouts * o.draws if o.informative else 0
         wrong = o.trials - o.correct
         correct = min(o.correct, max(keep // 2, keep - wrong))
         quota[index] = [min(wrong, keep - correct), correct]

@@ -40,7 +40,7 @@ def moving(group: TrainingGroup, algo: AlgoConfig) -> np.ndarray:
 
 def takes_statistics(config: Config) -> bool:
     """Whether the learner measures the last layer's gradient of every rollout, those without an advantage included."""
-    return config.curriculum.sigma == "last_layer"
+    return config.curriculum.measures_gradients
 
 
 def may_skip(config: Config) -> bool:

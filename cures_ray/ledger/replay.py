@@ -170,8 +170,8 @@ def alternative(run: Run, overrides: Sequence[str]) -> Config:
     """
     dotted = [word if "." in word.partition("=")[0] else f"curriculum.{word}" for word in overrides]
     keys = [word.partition("=")[0].strip() for word in dotted]
-    if "curriculum.target_ess_fraction" in keys and "curriculum.tau" not in keys:  # a fixed tau would hide it
-        dotted.append("curriculum.tau=null")
+    if "curriculum.target_ess_fraction" in keys and "curriculum.tau" not in keys and _tau(run.config) is not None:
+        dotted.append("curriculum.tau=null")  # the run's fixed tau would hide it
     where = f"--replay {' '.join(overrides)}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
@@ -193,7 +193,7 @@ def alternative(run: Run, overrides: Sequence[str]) -> Config:
         if getattr(c, name, None) == value != getattr(old, name, None):
             raise ConfigError(
                 f"{where}: curriculum.{name} = {value} needs {what}, which this run did not keep "
-                f"(its curriculum.{name} = {getattr(old, name, None)}); measure it with a new run"
+                f"(its curriculum.{name} = {getattr(old, name, 'not set')}); measure it with a new run"
             )
     return config
 
@@ -204,15 +204,18 @@ def _notes(run: Run, overrides: Sequence[Sequence[str]], configs: list[Config]) 
         c, name = config.curriculum, " ".join(words)
         if c.model_dump() == old.model_dump():
             notes.append(f"{name}: the run's own curriculum")
-        before = getattr(old, "tau", None)
-        if before is not None and getattr(c, "tau", None) is None and c.method == old.method:
-            notes.append(f"{name}: the run's tau = {before} is dropped, tau is steered to the ESS")
+        if c.method == "cures" and c.tau is None and (tau := _tau(run.config)) is not None:
+            notes.append(f"{name}: the run's tau = {tau} is dropped, tau is steered to the ESS")
         if c.method == "cures" and c.pilot_rollouts:
             notes.append(f"{name}: batches that begin with pilots are answered by their pilots (marked)")
     several = {c.method for c in (old, *(config.curriculum for config in configs))} & MULTI_ROUND
     if several:
         notes.append(f"{', '.join(sorted(several))}: a batch has several rounds, only round 0 is answered and counted")
     return notes
+
+
+def _tau(config: Config) -> float | None:
+    return config.curriculum.tau if config.curriculum.method == "cures" else None
 
 
 MULTI_ROUND = {"gvm", "dapo", "speed", "reinforce_ada"}
@@ -241,7 +244,7 @@ def _ask(pool: PromptPool, config: Config, batch: Batch, words: Sequence[str]) -
     kept = (*pool.mixture.experts.values(), pool.config)  # a draw does not change them
     other = copy.deepcopy(pool, {id(part): part for part in kept})
     other.config = config
-    m, epoch = config.curriculum.prompts_per_step, config.curriculum.draw == "epoch"
+    m, epoch = config.curriculum.prompts_per_step, config.curriculum.in_epochs
     if epoch and (pool.epochs is None or m != pool.config.curriculum.prompts_per_step):
         other.epochs = EpochSampler(other.size, config.trainer.seed)
         place = np.array(divmod(batch.number * m, other.size))  # as if every batch had been drawn so

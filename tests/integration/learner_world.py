@@ -28,7 +28,7 @@ class World:
                 "model": {"path": str(self.model), "lora": lora},
                 "rollout": {"max_new_tokens": 40, "temperature": TEMPERATURE},
                 "algo": algo or {},
-                "curriculum": {"sigma": sigma},
+                "curriculum": {"allocation": "sigma", "sigma": sigma},
                 "trainer": {"steps": 10, "no_progress_timeout_s": 60.0},
                 "learner": {
                     "num_ranks": ranks,

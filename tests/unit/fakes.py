@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cures_ray.config import Config
+from cures_ray.config_load import merged
 from cures_ray.curriculum.machine import Curriculum
 from cures_ray.loop.driver import Driver, Ports
 from cures_ray.loop.ports import CanaryFailed, WorkerLost
@@ -47,9 +48,7 @@ def small_config(**sections: dict) -> Config:
         "checkpoint": {"interval": 0},
         "rollout": {"max_new_tokens": 16},
     }
-    for name, values in sections.items():
-        base[name] = {**base.get(name, {}), **values}
-    return Config.model_validate(base)
+    return Config.model_validate(merged(base, sections))
 
 
 class Prompts:

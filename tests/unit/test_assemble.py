@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from cures_ray.config import AlgoConfig, AsyncConfig, Config, CurriculumConfig, RolloutConfig
+from cures_ray.config import AlgoConfig, AsyncConfig, Config, CuresCurriculum, RolloutConfig
 from cures_ray.loop.assemble import assemble
 from cures_ray.messages import BatchEntry, BatchPlan, Discard, GroupSummary, Lease, RunError
 
 
 def config(**algo):
     return Config(
-        curriculum=CurriculumConfig(prompts_per_step=32, n_min=2),
+        curriculum=CuresCurriculum(prompts_per_step=32, allocation="sigma", n_min=2),
         algo=AlgoConfig(**{"advantage": "rloo", **algo}),
         async_rl=AsyncConfig(max_staleness=1),
         rollout=RolloutConfig(max_new_tokens=10),

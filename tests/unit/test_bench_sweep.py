@@ -155,7 +155,8 @@ def test_no_cell_starts_after_the_time_is_up(tmp_path):
 def test_every_arm_is_a_valid_configuration(label):
     for task, variant in (("chain", "T"), ("chain", "N"), ("program", "T")):
         config = arm_config(label, task=task, variant=variant, seed=3, budget=25_600, base="b", run_dir="r", extra={})
-        assert config.trainer.rollout_budget == 25_600 and config.curriculum.rollouts_per_step == 256
+        assert config.trainer.rollout_budget == 25_600
+        assert config.curriculum.method in ("speed", "reinforce_ada") or config.curriculum.rollouts_per_step == 256
         assert config.algo.kl_coef == 0 and config.algo.updates_per_batch == 1
 
 

@@ -47,5 +47,8 @@ def test_the_demo_is_asynchronous_and_uses_the_curriculum():
 
 
 def test_the_demo_with_an_unsatisfiable_batch_is_refused_with_the_arithmetic():
+    demo = next(p for p in CONFIGS if p.stem == "demo")
     with pytest.raises(ConfigError, match="256 x 2 = 512"):
-        load_config(next(p for p in CONFIGS if p.stem == "demo"), ["curriculum.n_min=2"])
+        load_config(demo, ["curriculum.allocation=sigma", "curriculum.n_min=2"])
+    with pytest.raises(ConfigError, match=r"n_min has no effect with allocation = uniform, which gives.* 256 / 256"):
+        load_config(demo, ["curriculum.n_min=2"])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from simulated import Run
 
+from cures_ray.config_load import merged
 from cures_ray.curriculum.belief import BeliefTable
 from cures_ray.curriculum.experts import MEMORY, ExpertMixture
 from cures_ray.curriculum.machine import Curriculum
@@ -15,8 +16,6 @@ MIXTURE = {
     "prior_strength": 4.0,
     "discount": 0.8,
     "prompts_per_step": 32,
-    "n_min": 1,
-    "n_max": 4,
     "allocation": "uniform",
     "sampling": "uniform",
 }
@@ -35,7 +34,8 @@ def run_of(accuracy, **options) -> Run:
 
 
 def trained(features, accuracy, steps=40, **curriculum) -> Run:
-    run = run_of(accuracy, features=features, **MIXTURE | curriculum)
+    settings = merged({"curriculum": MIXTURE}, {"curriculum": curriculum})["curriculum"]
+    run = run_of(accuracy, features=features, **settings)
     for _ in range(steps):
         run.step()
     return run
@@ -97,7 +97,8 @@ def test_the_prior_is_the_weighted_sum_of_the_experts_pseudo_counts():
 def test_each_rollout_is_forecast_once_whatever_the_staleness(staleness):
     """Drawing ahead counts evidence of batches that are not committed: no rollout is judged twice, or never."""
     accuracy, told, _ = bimodal(200)
-    run = run_of(accuracy, features=told, staleness=staleness, **MIXTURE | {"belief": "none"})
+    undiscounted = {key: value for key, value in MIXTURE.items() if key != "discount"}
+    run = run_of(accuracy, features=told, staleness=staleness, **undiscounted, belief="none")
     judged, score = [], run.curriculum.pool.mixture.score
 
     def counting(belief, index, successes, failures):

@@ -43,7 +43,7 @@ def learner(model, *, sigma="bernoulli", algo=None, **settings) -> LocalLearner:
         {
             "model": {"path": str(model)},
             "algo": algo or {},
-            "curriculum": {"sigma": sigma},
+            "curriculum": {"allocation": "sigma", "sigma": sigma},
             "trainer": {"steps": 10},
             "learner": {"dtype": "float32", "lr": 3e-3, "max_tokens_per_rank": 120} | settings,
         }
@@ -160,15 +160,16 @@ def test_mini_batches_are_disjoint_and_each_has_the_gradient_of_the_batch_in_exp
 
 @pytest.mark.parametrize("loss", ["clip", "decoupled"])
 def test_the_clip_acts_on_the_later_mini_batches_and_only_there(model, loss):
-    algo = {"loss": loss, "is_correction": "none", "clip_eps_low": 0.02, "clip_eps_high": 0.02}
+    algo = {"loss": loss} | ({"is_correction": "none"} if loss == "decoupled" else {})
+    narrow = {"clip_eps_low": 0.02, "clip_eps_high": 0.02}
     batch = make_batch(0, scorer=learner(model))
-    once = train(learner(model, algo=algo), batch)
+    once = train(learner(model, algo=algo | (narrow if loss == "clip" else {})), batch)
     assert once["updates"] == 1 and once["clip_fraction"] == 0 and once["is_ratio"] == pytest.approx(1, abs=1e-4)
-    four = train(learner(model, algo=algo | {"mini_batches": 4}), batch)
+    four = train(learner(model, algo=algo | narrow | {"mini_batches": 4}), batch)
     assert four["updates"] == 4 and four["clip_fraction"] > 0.05
     unlimited = {"clip_eps_low": 0.9999, "clip_eps_high": 1e6}
     free = learner(model, algo=algo | {"mini_batches": 4} | unlimited)
-    clipped = learner(model, algo=algo | {"mini_batches": 4})
+    clipped = learner(model, algo=algo | narrow | {"mini_batches": 4})
     assert train(free, batch)["clip_fraction"] == 0
     train(clipped, batch)
     assert not same(weights(free), weights(clipped))
@@ -176,10 +177,11 @@ def test_the_clip_acts_on_the_later_mini_batches_and_only_there(model, loss):
 
 def test_the_proximal_policy_is_that_before_the_batchs_first_update(model):
     """Sampled by the policy itself, prox is behaviour: the decoupled loss without correction is PPO's clip."""
-    settings = {"is_correction": "none", "clip_eps_low": 0.02, "clip_eps_high": 0.02, "mini_batches": 4}
+    settings = {"clip_eps_low": 0.02, "clip_eps_high": 0.02, "mini_batches": 4}
+    kinds = {"clip": {"loss": "clip"}, "decoupled": {"loss": "decoupled", "is_correction": "none"}}
     batch = make_batch(0, scorer=learner(model))
     for epochs in (1, 2):
-        both = [learner(model, algo=settings | {"loss": x, "updates_per_batch": epochs}) for x in ("clip", "decoupled")]
+        both = [learner(model, algo=settings | kind | {"updates_per_batch": epochs}) for kind in kinds.values()]
         reports = [train(one, batch) for one in both]
         assert reports[0]["updates"] == reports[1]["updates"] == 4 * epochs
         assert reports[0]["clip_fraction"] == pytest.approx(reports[1]["clip_fraction"], abs=0.01)

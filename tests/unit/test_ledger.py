@@ -85,7 +85,8 @@ CONFIGS = {
     "predictor": {"curriculum": {"prior_from": "predictor", "allocation": "cost_aware"}},
     "epochs": {"curriculum": {"method": "uniform", "draw": "epoch"}},
     "reset": {"curriculum": {"belief": "reset", "pilot_rollouts": 2, "subsets": 2, "subset_steps": 2}},
-    "thompson": {"curriculum": {"belief_draw": "thompson", "method": "mopps"}},
+    "thompson": {"curriculum": {"belief_draw": "thompson"}},
+    "mopps": {"curriculum": {"method": "mopps"}},
 }
 
 

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from fakes import small_config
 from test_ledger import CONFIGS
 from test_ledger_report import SEVERAL_ROUNDS, begin, with_snapshots, work
 
@@ -20,7 +19,7 @@ def test_the_same_configuration_draws_the_same_prompts_and_rollouts_in_every_bat
     drawn: dict = {}
     ledger = begin(tmp_path / "run", **with_snapshots((CONFIGS | SEVERAL_ROUNDS)[name], 4))
     work(ledger, 6, drawn)
-    result = replay(open_run(tmp_path / "run"), [["prompts_per_step=8"], ["n_max=16"]])
+    result = replay(open_run(tmp_path / "run"), [["prompts_per_step=8"], ["snapshot_every=7"]])
     assert generations(tmp_path / "run/ledger") == [0, 1] and len(result.actual) == len(drawn) >= 6
     assert (result.agrees, result.problems) == (result.compared, []) and result.compared == 6
     for side in (result.actual, *result.others):
@@ -68,7 +67,7 @@ def test_a_replay_leaves_the_original_course_as_it_was(tmp_path):
 
 
 def test_a_fixed_tau_gives_way_to_a_target_ess(tmp_path):
-    curriculum = small_config().curriculum.model_dump() | {"tau": 0.2}
+    curriculum = {"tau": 0.2}
     work(begin(tmp_path / "run", curriculum=curriculum), 4)
     result = replay(open_run(tmp_path / "run"), [["target_ess_fraction=0.2"]])
     assert all(d.tau == pytest.approx(0.2) for d in result.actual)

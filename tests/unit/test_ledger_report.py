@@ -89,7 +89,7 @@ SEVERAL_ROUNDS = {
 
 
 def with_snapshots(sections: dict, every: int) -> dict:
-    curriculum = small_config().curriculum.model_dump() | sections.get("curriculum", {}) | {"snapshot_every": every}
+    curriculum = sections.get("curriculum", {}) | {"snapshot_every": every}
     return {**sections, "curriculum": curriculum}
 
 
@@ -236,7 +236,7 @@ def test_a_folder_that_is_no_run_or_has_no_ledger_yet_is_explained(tmp_path):
 
 
 def test_a_picture_is_drawn_of_any_history(tmp_path):
-    work(begin(tmp_path / "run", curriculum=small_config().curriculum.model_dump() | {"method": "mopps"}), 2)
+    work(begin(tmp_path / "run", curriculum={"method": "mopps"}), 2)
     history = open_run(tmp_path / "run").history
     for number, lines in enumerate(([], history[:1], history)):
         target = draw_ledger(lines, tmp_path / f"{number}.png", "title")

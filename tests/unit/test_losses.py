@@ -94,9 +94,10 @@ def test_clip_higher_moves_only_the_upper_bound():
     assert gradient(x, loss="clip", clip_eps_high=0.28)[0] == pytest.approx(-1.25)
 
 
-def test_clip_ignores_is_correction_because_its_ratio_is_the_correction():
-    results = [gradient(inputs(), loss="clip", is_correction=c)[0] for c in ("none", "tis", "mis")]
-    assert all(torch.equal(r, results[0]) for r in results)
+@pytest.mark.parametrize("loss", ["clip", "gspo", "cispo"])
+def test_a_loss_whose_ratio_is_the_correction_takes_no_is_correction(loss):
+    with pytest.raises(ValueError, match="is_correction has no effect with loss"):
+        gradient(inputs(), loss=loss, is_correction="mis")
 
 
 def test_decoupled_clips_around_prox_and_corrects_for_the_sampler_once():

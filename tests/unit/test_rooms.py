@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LEAVES = {"cures_ray.boxes", "cures_ray.messages", "cures_ray.config", "cures_ray.config_load", "cures_ray.snapshot"}
+LEAVES = {
+    "cures_ray.boxes",
+    "cures_ray.messages",
+    "cures_ray.config",
+    "cures_ray.config_data",
+    "cures_ray.config_load",
+    "cures_ray.config_sections",
+    "cures_ray.config_curriculum",
+    "cures_ray.snapshot",
+}
 ROOMS = ["curriculum", "ledger", "data", "evaluation", "verify", "learning", "loop", "run", "synthetic"]
 LIBRARY = {f"cures_ray.{room}" for room in ROOMS}
 ACTORS = {"actors", "actors.weights", "actors.cluster"}
