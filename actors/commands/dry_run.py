@@ -67,11 +67,12 @@ def rollout_table(config: Config, prompts: int) -> list[tuple[str, str]]:
             f"{c.pilot_rollouts} of each draw",
         )
     planned = steps * c.rollouts_per_step
-    more = {"dapo": "rounds until enough prompts are mixed", "speed": "screens", "reinforce_ada": "rounds"}
+    more = {"dapo": ", and rounds until enough prompts are mixed"}
+    more |= dict.fromkeys(("speed", "reinforce_ada"), " at most: fewer where a prompt needs no further round")
     rows = [
         ("pilots of the run", f"{pilots:,} ({how})"),
         ("rollouts that train", f"{planned:,} ({steps} steps x {c.rollouts_per_step:,})"),
-        ("rollouts of the run", f"{planned + pilots:,}" + (f", and {more[c.method]}" if c.method in more else "")),
+        ("rollouts of the run", f"{planned + pilots:,}" + more.get(c.method, "")),
     ]
     if config.trainer.rollout_budget:
         rows.append(("trainer.rollout_budget ends it", f"at {config.trainer.rollout_budget:,}"))
