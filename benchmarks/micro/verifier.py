@@ -1,9 +1,12 @@
-"""Verdicts per second of one verifier process, by kind of answer: ``cures bench verifier``.
+"""The mathematical verifier's speed beside bare math-verify's: ``cures bench verifier [--pairs FILE]``.
 
-One process of ``VerifyPool`` judges groups of eight completions a prompt, half of them right, one kind after the other
-in turn. Rates are per CPU second of the process and of its parent (what a core gives, whatever else the machine does)
-and per wall second. Hostile answers end at a deadline or at a limit (here 1 s, killed at 1.5 s), so theirs is the
-seconds a verdict takes. After a SIGKILL the process is replaced: ``respawn`` is the wall time to the next verdict.
+One process of ``VerifyPool`` and bare math-verify (in this process, without alarms) judge the same groups of eight
+completions a prompt, half of them right, one after the other in turn; ``*_ratio`` is ours over theirs in verdicts per
+CPU second. A stream in which every tenth answer is hostile runs at the default ``verifier.timeout_s``. ``respawn`` is
+the wall time from a SIGKILL of the process to the next verdict.
+
+``--pairs FILE``: JSON lines {"gold", "prediction", "expected"}; how often both agree with the labels, and how many
+golds are not right against themselves. The file stays where it is; disagreements are printed.
 
 Writes benchmarks/results/verifier.json.
 """
@@ -11,6 +14,8 @@ Writes benchmarks/results/verifier.json.
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import os
 import signal
 import time
@@ -26,7 +31,6 @@ from cures_ray.messages import Outcome, PromptRow, Verdict
 from cures_ray.verify.pool import VerifyItem, VerifyPool
 
 GROUP = 8
-HOSTILE_DEADLINE_S = 1.0
 LATEX = (  # (gold, right, wrong) with two integers
     (r"\frac{{{a}}}{{{b}}}", r"\dfrac{{2\cdot {a}}}{{2\cdot {b}}}", r"\frac{{{a}}}{{{b}+1}}"),
     (r"{a}\sqrt{{{b}}}", r"\sqrt{{{a}^2\cdot {b}}}", r"{b}\sqrt{{{a}+1}}"),
@@ -34,12 +38,19 @@ LATEX = (  # (gold, right, wrong) with two integers
     (r"[{a}, {a}+{b})", r"\left[{a}, {a}+{b}\right)", r"({a}, {a}+{b}]"),
     (r"\{{{a}, -{b}\}}", r"\{{-{b}, {a}\}}", r"\{{{a}, {b}+1\}}"),
 )
-HOSTILE = (  # (gold, completion)
-    ("3", r"\boxed{9^{9^{9^{9}}}}"),
-    ("3", r"\boxed{\sum_{k=1}^{10^{12}} \frac{1}{k^{k}}}"),
-    (r"\sqrt{2}", r"\boxed{" + "(" * 90 + "x" + "+1)^{2}" * 90 + "}"),
-    ("3", r"\boxed{" + r"\frac{1}{1+" * 80 + "x" + "}" * 80 + "}"),
+HOSTILE = (  # (gold, answer)
+    ("3", "9^{9^{9^{9}}}"),
+    ("3", r"\sum_{k=1}^{10^{12}} \frac{1}{k^{k}}"),
+    (r"\sqrt{2}", "(" * 90 + "x" + "+1)^{2}" * 90),
+    ("3", r"\frac{1}{1+" * 80 + "x" + "}" * 80),
+    ("3", "1000000!"),
+    ("x+1", "(x+1)^{100000} - x"),
+    (r"\frac{1}{2}", "+".join(rf"\sin({k}x)" for k in range(60))),
+    ("3", "x+" * 500_000 + "x"),
+    (r"\pi", r"\log_{10}(" * 40 + "10^{10^{10}}" + ")" * 40),
+    ("3", r"\int_0^1 \int_0^1 \sin(x^{y^x}) \cos(y^{x^{y}}) dx dy"),
 )
+HOSTILE_ITEMS = 200  # of which every tenth is hostile
 
 
 def item(gold: str, completion: str) -> VerifyItem:
@@ -69,46 +80,76 @@ KINDS = {"integer": integers, "latex": latex}
 
 
 def cpu_seconds(pool: VerifyPool) -> float:
-    """Of this process and the pool's one child."""
-    process = pool._children[0]._process
-    child = 0.0
-    if process is not None:
-        child = int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[0]) / 1e9
-    return time.process_time() + child
+    """Of this process and the pool's one worker."""
+    pid = pool._workers[0]._pid
+    worker = int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9 if pid is not None else 0.0
+    return time.process_time() + worker
 
 
 def measure_kind(pool: VerifyPool, kind: str, rng: np.random.Generator, groups: int) -> dict[str, Any]:
-    """Raises AssertionError when a verdict is wrong: a fast wrong verifier is worth nothing."""
-    asked = list(KINDS[kind](rng, groups * (10 if kind == "integer" else 1)))
+    """Both judges on the same items. Raises AssertionError when a verdict of ours is wrong: a fast wrong verifier is
+    worth nothing."""
+    asked = list(KINDS[kind](rng, groups))
     cpu, wall = cpu_seconds(pool), time.perf_counter()
+    parent = time.process_time()
     verdicts = pool.verify([i for i, _ in asked])
+    parent = time.process_time() - parent
     cpu, wall = cpu_seconds(pool) - cpu, time.perf_counter() - wall
     for (i, right), verdict in zip(asked, verdicts, strict=True):
         if verdict.outcome is not (Outcome.CORRECT if right else Outcome.INCORRECT):
             raise AssertionError(f"{i.completion!r} against {i.prompt.answer!r}: {verdict}")
-    slowest = max(v.seconds for v in verdicts)
-    return {"kind": kind, "verdicts": len(asked), "cpu_s": cpu, "wall_s": wall, "slowest_s": slowest}
-
-
-def measure_hostile(pool: VerifyPool, gold: str, completion: str) -> dict[str, Any]:
-    verdict, seconds = _one(pool, gold, completion)
-    if verdict.outcome is Outcome.CORRECT:
-        raise AssertionError(f"{completion[:80]!r} is correct")
-    _, after = _one(pool, "42", r"\boxed{42}")
-    row = {
-        "kind": "hostile",
-        "answer": completion[:40],
-        "outcome": verdict.outcome.value,
-        "detail": verdict.detail[:80],
+    bare_cpu = time.process_time()
+    bare = [bare_verdict(i.prompt.answer, i.completion) for i, _ in asked]
+    bare_cpu = time.process_time() - bare_cpu
+    return {
+        "kind": kind,
+        "verdicts": len(asked),
+        "cpu_s": cpu,
+        "wall_s": wall,
+        "pool_cpu_s": parent,
+        "bare_cpu_s": bare_cpu,
+        "bare_right": sum(found is right for found, (_, right) in zip(bare, asked, strict=True)),
     }
-    return row | {"wall_s": seconds, "next_verdict_s": after}
+
+
+def bare_verdict(gold: str, completion: str) -> bool:
+    from math_verify import parse, verify
+
+    return bool(
+        verify(
+            parse(f"${gold}$", parsing_timeout=None),  # type: ignore[arg-type]
+            parse(completion, parsing_timeout=None),  # type: ignore[arg-type]
+            timeout_seconds=None,
+        )
+    )
+
+
+def measure_hostile(pool: VerifyPool, rng: np.random.Generator) -> dict[str, Any]:
+    normal = list(latex(rng, -(-HOSTILE_ITEMS // GROUP)))
+    asked = [
+        (item(HOSTILE[k // 10 % len(HOSTILE)][0], rf"\boxed{{{HOSTILE[k // 10 % len(HOSTILE)][1]}}}"), False)
+        if k % 10 == 0
+        else normal[k]
+        for k in range(HOSTILE_ITEMS)
+    ]
+    wall = time.perf_counter()
+    verdicts = pool.verify([i for i, _ in asked])
+    wall = time.perf_counter() - wall
+    for k, ((i, right), verdict) in enumerate(zip(asked, verdicts, strict=True)):
+        if k % 10 == 0:
+            if verdict.outcome is Outcome.CORRECT:
+                raise AssertionError(f"{i.completion[:80]!r} is correct")
+        elif (verdict.outcome is Outcome.CORRECT) is not right or verdict.is_fault:
+            raise AssertionError(f"{i.completion!r} beside a hostile answer: {verdict}")
+    faults = sum(v.is_fault for v in verdicts)
+    return {"kind": "hostile", "verdicts": len(asked), "wall_s": wall, "faults": faults}
 
 
 def measure_kill(pool: VerifyPool) -> dict[str, Any]:
-    process = pool._children[0]._process
-    assert process is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(10.0)
+    pid = pool._workers[0]._pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(0.05)  # its death is seen, not its answer
     verdict, seconds = _one(pool, "42", r"\boxed{42}")
     if verdict.outcome is not Outcome.CORRECT:
         raise AssertionError(f"after a kill: {verdict}")
@@ -118,35 +159,72 @@ def measure_kill(pool: VerifyPool) -> dict[str, Any]:
 
 def _one(pool: VerifyPool, gold: str, completion: str) -> tuple[Verdict, float]:
     began = time.perf_counter()
-    (verdict,) = pool.verify([item(gold, completion)], timeout_s=HOSTILE_DEADLINE_S)
+    (verdict,) = pool.verify([item(gold, completion)])
     return verdict, time.perf_counter() - began
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="cures bench verifier", description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7, help="of each measurement, at least 5")
-    parser.add_argument(
-        "--groups", type=int, default=40, help="prompts a repeat, eight completions each; ten times as many integers"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
-    args = parser.parse_args(argv)
-    rng, rows = np.random.default_rng(0), []
-    with VerifyPool(VerifierConfig(fn="math", processes_per_worker=1)) as pool:
-        pool.prewarm()
-        for repeat in range(args.repeats + 1):  # the first warms up
-            measured = [measure_kind(pool, kind, rng, args.groups) for kind in KINDS]
-            measured += [measure_hostile(pool, *answer) for answer in HOSTILE] + [measure_kill(pool)]
-            rows += [{"repeat": repeat, **row} for row in measured] if repeat else []
+def measure_pairs(pool: VerifyPool, file: Path) -> dict[str, Any]:
+    """Agreement with the labels of ``file``; each disagreement of ours is printed."""
+    pairs = [json.loads(line) for line in file.read_text().splitlines()]
+    verdicts = pool.verify([item(p["gold"], p["prediction"]) for p in pairs])
+    right = [
+        (v.outcome is Outcome.CORRECT) is p["expected"] and not v.is_fault for p, v in zip(pairs, verdicts, strict=True)
+    ]
+    for pair, verdict, agrees in zip(pairs, verdicts, right, strict=True):
+        if not agrees:
+            print(f"{pair['gold']!r}, {pair['prediction']!r}: {verdict.outcome.value}, labelled {pair['expected']}")
+    bare = sum(bare_verdict(p["gold"], p["prediction"]) is p["expected"] for p in pairs)
+    golds = sorted({p["gold"] for p in pairs})
+    itself = pool.verify([item(gold, f"\\boxed{{{gold}}}") for gold in golds])
+    return {
+        "kind": "pairs",
+        "file": file.name,
+        "pairs": len(pairs),
+        "agree": sum(right),
+        "bare_agree": bare,
+        "golds": len(golds),
+        "golds_not_themselves": sum(v.outcome is not Outcome.CORRECT for v in itself),
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """[lowest, median, highest] over the repeats."""
     found: dict[str, list[float]] = {}
     for kind in KINDS:
         mine = [row for row in rows if row["kind"] == kind]
         found[f"{kind}_verdicts_per_second_per_core"] = spread([row["verdicts"] / row["cpu_s"] for row in mine])
         found[f"{kind}_verdicts_per_second_wall"] = spread([row["verdicts"] / row["wall_s"] for row in mine])
+        found[f"{kind}_ratio_to_math_verify"] = spread([row["bare_cpu_s"] / row["cpu_s"] for row in mine])
+        found[f"{kind}_pool_cpu_ms_per_verdict"] = spread([1e3 * row["pool_cpu_s"] / row["verdicts"] for row in mine])
     hostile = [row for row in rows if row["kind"] == "hostile"]
-    slowest = [max(row["wall_s"] for row in hostile if row["repeat"] == r) for r in range(1, args.repeats + 1)]
-    found["hostile_slowest_verdict_seconds"] = spread(slowest)
+    found["hostile_tenth_verdicts_per_second"] = spread([row["verdicts"] / row["wall_s"] for row in hostile])
     found["respawn_seconds"] = spread([row["respawn_s"] for row in rows if row["kind"] == "kill"])
     found["warm_verdict_seconds"] = spread([row["warm_verdict_s"] for row in rows if row["kind"] == "kill"])
+    for row in (row for row in rows if row["kind"] == "pairs"):
+        for name in ("agree", "bare_agree"):
+            found[f"pairs_{name}"] = [row[name] / row["pairs"]] * 3
+        found["pairs_golds_not_themselves"] = [float(row["golds_not_themselves"])] * 3
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="cures bench verifier", description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7, help="of each measurement, at least 5")
+    parser.add_argument("--groups", type=int, default=40, help="prompts a repeat and kind, eight completions each")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--pairs", type=Path, help="labelled pairs to measure agreement on")
+    args = parser.parse_args(argv)
+    logging.disable(logging.ERROR)  # math-verify warns of its alarms being off
+    rng, rows = np.random.default_rng(0), []
+    with VerifyPool(VerifierConfig(fn="math", processes_per_worker=1)) as pool:
+        pool.prewarm()
+        for repeat in range(args.repeats + 1):  # the first warms up
+            measured = [measure_kind(pool, kind, rng, args.groups) for kind in KINDS]
+            measured += [measure_hostile(pool, rng), measure_kill(pool)]
+            rows += [{"repeat": repeat, **row} for row in measured] if repeat else []
+        if args.pairs is not None:
+            rows.append({"repeat": 1, **measure_pairs(pool, args.pairs)})
+    found = summary(rows)
     path = write_result("verifier", found, rows, folder=args.out)
     for name, (low, median, high) in found.items():
         print(f"{name:40} {median:.4g}  [{low:.4g}, {high:.4g}]")
