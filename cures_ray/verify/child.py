@@ -34,6 +34,8 @@ from cures_ray.verify.mathematics import fault, verify_math
 
 Item = dict[str, Any]  # prompt, completion, answer, row, timeout_s
 Judge = Callable[[list[Item]], Iterator[tuple[int, Verdict]]]  # each item's place and verdict, as they come
+MATH_CPU_SECONDS = 2.0  # an item; answers take milliseconds, a busy machine's waiting does not count
+fired = [int(signal.SIGALRM)]  # the alarm that went off last
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -180,7 +182,9 @@ def _answer(judge: Judge, message: dict[str, Any], data: socket.socket, own: int
             os._exit(0)
         if not isinstance(error, _timeout_exception() | SoftDeadline):
             raise
-        why = f"no verdict within {timeout_s:g} s (verifier.timeout_s)"
+        spent = fired[-1] == signal.SIGPROF  # math-verify raises anew, without the first one's text
+        limit = f"{MATH_CPU_SECONDS:g} s of processor time" if spent else f"{timeout_s:g} s (verifier.timeout_s)"
+        why = f"no verdict within {limit}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     if why and left:
@@ -193,6 +197,7 @@ def _send(channel: socket.socket, message: Any) -> None:
 
 
 def _on_alarm(number: int, frame: Any) -> None:
+    fired[:] = [number]
     raise _timeout_exception()()
 
 
@@ -219,7 +224,16 @@ def _each(judge: Callable[[Item], Verdict]) -> Judge:
 
 def _math_judge(options: dict[str, Any]) -> tuple[str, Judge]:
     reward = options["format_reward"]
-    return "item", _each(lambda item: verify_math(item["completion"], item["answer"], reward))
+    signal.signal(signal.SIGPROF, _on_alarm)
+
+    def judge(item: Item) -> Verdict:
+        signal.setitimer(signal.ITIMER_PROF, MATH_CPU_SECONDS)
+        try:
+            return verify_math(item["completion"], item["answer"], reward)
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+    return "item", _each(judge)
 
 
 def _code_judge(options: dict[str, Any]) -> tuple[str, Judge]:

@@ -64,6 +64,14 @@ def test_weird_text_is_incorrect(completion, pool):
     assert [v.outcome for v in verdicts] == [Outcome.INCORRECT, Outcome.CORRECT]
 
 
+def test_mathematics_has_a_limit_of_processor_time_however_long_the_deadline():
+    slow = r"\boxed{\int_0^1 \int_0^1 \sin(x^{y^x}) \cos(y^{x^{y}}) dx dy}"
+    with VerifyPool(VerifierConfig(timeout_s=60.0)) as pool:
+        verdict, after = pool.verify([item(slow), item(r"\boxed{3}")])
+    assert verdict.is_fault and verdict.detail == "no verdict within 2 s of processor time"
+    assert after.outcome is Outcome.CORRECT
+
+
 def test_an_unparsable_gold_is_a_fault(pool):
     (verdict,) = pool.verify([item(r"\boxed{1}", r"\frac{")], timeout_s=5.0)
     assert verdict.is_fault and verdict.detail.startswith("unparsable gold")
