@@ -10,8 +10,6 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterable
 
-from cures_ray.messages import Verdict
-
 WINDOW = 512  # verdicts
 MIN_VERDICTS = 64  # before the share says anything
 EXAMPLES = 3  # a reason, in the log
@@ -28,22 +26,23 @@ class FaultLog:
         self.examples: dict[str, list[str]] = {}
         self._recent: deque[bool] = deque(maxlen=WINDOW)
 
-    def add(self, verdicts: Iterable[Verdict]) -> list[str]:
-        """Count ``verdicts``. Returns what is new and worth a line in the log: the first examples of each reason."""
+    def add(self, details: Iterable[str | None]) -> list[str]:
+        """Count verdicts: a fault by its detail, None for each other one. Returns what is new and worth a line in the
+        log: the first examples of each reason."""
         new = []
-        for verdict in verdicts:
+        for detail in details:
             self.verdicts += 1
-            self._recent.append(verdict.is_fault)
-            if not verdict.is_fault:
+            self._recent.append(detail is not None)
+            if detail is None:
                 continue
-            reason = fault_reason(verdict.detail)
+            reason = fault_reason(detail)
             if reason not in self.reasons and len(self.reasons) >= MAX_REASONS:
                 reason = "other"
             self.reasons[reason] += 1
             shown = self.examples.setdefault(reason, [])
-            if len(shown) < EXAMPLES and verdict.detail not in shown:
-                shown.append(verdict.detail)
-                new.append(f"no verdict (fault {sum(self.reasons.values())}): {verdict.detail}")
+            if len(shown) < EXAMPLES and detail not in shown:
+                shown.append(detail)
+                new.append(f"no verdict (fault {sum(self.reasons.values())}): {detail}")
         return new
 
     @property
@@ -64,8 +63,8 @@ class FaultLog:
         )
 
     def metrics(self) -> dict[str, float]:
-        """``verify/fault_share`` of recent verdicts, ``verify/faults`` since the start."""
-        return {"verify/fault_share": self.share, "verify/faults": float(sum(self.reasons.values()))}
+        """``verifier/fault_share`` of recent verdicts, ``verifier/faults`` since the start."""
+        return {"verifier/fault_share": self.share, "verifier/faults": float(sum(self.reasons.values()))}
 
     def summary(self) -> list[str]:
         """A line a reason, the most frequent first, with its first example."""
