@@ -8,6 +8,7 @@ import importlib
 BENCHMARKS = {  # subcommand -> (module with main(argv), or module:function; what it measures)
     "demo": ("benchmarks.harness.demo", "what `make demo` gives on several seeds"),
     "convergence": ("benchmarks.harness.convergence", "methods at equal cost, with confidence intervals"),
+    "protocol": ("benchmarks.harness.protocol", "the comparison that is fixed in PROTOCOL.md, part by part"),
     "sweep": ("benchmarks.harness.lr_sweep", "the same learning-rate sweep for every method, on seeds of its own"),
     "plateau": (
         "benchmarks.research.plateau",

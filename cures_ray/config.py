@@ -17,10 +17,12 @@ from cures_ray.config_curriculum import (
     CuresCurriculum,
     CurriculumConfig,
     DapoCurriculum,
+    GresoCurriculum,
     GvmCurriculum,
     KnapsackCurriculum,
     MoppsCurriculum,
     SpeedCurriculum,
+    SpoCurriculum,
     UniformCurriculum,
 )
 from cures_ray.config_data import DataConfig, ReasoningGymConfig, ReasoningGymTask
@@ -57,6 +59,7 @@ __all__ = [
     "DapoCurriculum",
     "DataConfig",
     "EvalConfig",
+    "GresoCurriculum",
     "GvmCurriculum",
     "KnapsackCurriculum",
     "LearnerConfig",
@@ -71,6 +74,7 @@ __all__ = [
     "RolloutConfig",
     "Section",
     "SpeedCurriculum",
+    "SpoCurriculum",
     "TrainerConfig",
     "UniformCurriculum",
     "VerifierConfig",

@@ -23,13 +23,15 @@ class CurriculumSection(Section):
     prior_beta: float = Field(1.0, gt=0)
     """Failures that a prompt is believed to have had before its first rollout."""
     prior_from: Literal["mixture", "predictor", "level", "constant"] = "mixture"
-    """What the belief about a prompt starts from: a small predictor that learns accuracy from the prompt's text during
-    the run, the accuracy of its level, or the constant prior. `mixture` weighs predictor, level and the mean of recent
-    rewards by how well each has forecast; keep it unless you compare."""
-    predictor_features: Literal["text", "embedding"] = "text"
-    """What the predictor reads: hashed words of the prompt, or the model's own token embeddings."""
+    """What the belief about a prompt starts from. `mixture`: the mean of all recent rollouts, the accuracy of the
+    prompt's level and a small predictor that reads the prompt, each weighted by how well it has forecast rollouts so
+    far; a useless one costs nothing. The others are for experiments: one of them alone, or the constant prior."""
+    predictor_features: Literal["text", "embedding", "hidden"] = "text"
+    """What the predictor reads: hashed words of the prompt, the mean of the base model's token embeddings, or the base
+    model's last hidden state after the prompt (`hidden`: one forward pass of the whole data before training)."""
     prior_strength: float = Field(4.0, gt=0)
-    """How many rollouts a level's or the predictor's word is worth. Lower it when the prediction is poor."""
+    """How many rollouts a level's or the predictor's word is worth. It acts as a regulariser; with the mixture a poor
+    prediction is weighted down by itself."""
     prior_scope: Literal["unseen", "all"] = "all"
     """`all`: every prompt's prior follows the prediction, and its own rollouts are added. `unseen`: only that of
     prompts without rollouts. Keep `all` unless the prediction gets worse during the run."""
@@ -253,6 +255,51 @@ class MoppsCurriculum(_Total, _Kept):
     """The accuracy that is looked for."""
 
 
+class SpoCurriculum(_Total):
+    """SPO (arXiv 2509.13232): one rollout a prompt, the baseline is a tracker of the prompt's past rewards."""
+
+    method: Literal["spo"] = "spo"
+    prior_from: Literal["constant"] = "constant"
+    """The tracker knows nothing but the prompt's own rewards."""
+    prior_alpha: float = Field(0.5, gt=0)
+    """Successes that a tracker starts with; they are forgotten like those that were seen."""
+    prior_beta: float = Field(0.5, gt=0)
+    """Failures that a tracker starts with."""
+    belief: Literal["drift"] = "drift"
+    """A tracker forgets by 2^(-D / `drift_half_life`), where D is how far the policy has moved on the prompt's last
+    response, in nats a token. Where D is not measured (outside of the benchmark engine) it forgets by `discount`."""
+    discount: float = Field(0.9, gt=0, le=1)
+    """What is left of old rewards at each new one where the drift is not measured."""
+    drift_half_life: float = Field(0.06, gt=0)
+    """Nats a token of drift that halve what is remembered."""
+    rho_min: float = Field(0.875, gt=0, lt=1)
+    """Least that is left at a new reward."""
+    rho_max: float = Field(0.96, gt=0, le=1)
+    """Most that is left at a new reward."""
+    exploration: float = Field(0.05, ge=0)
+    """Added to sqrt(v(1-v)) in the weights of the draw, so that settled prompts come again."""
+    pilot_rollouts: int = Field(8, ge=0)
+    """Offline rollouts of every prompt that start the trackers. They are charged. 0: start from the prior."""
+
+    @property
+    def pilots(self) -> int:
+        return self.pilot_rollouts
+
+
+class GresoCurriculum(_Total, _Draw, _Kept):
+    """GRESO (arXiv 2506.02177): as DAPO, but prompts with a history of equal rewards are skipped before any rollout."""
+
+    method: Literal["greso"] = "greso"
+    greso_max_rounds: int = Field(4, ge=1)
+    """Most draws for one batch. Every rollout of them is charged."""
+    greso_target_easy: float = Field(1 / 12, ge=0, le=1)
+    """Share of groups with right answers only that the skipping aims at."""
+    greso_target_hard: float = Field(1 / 6, ge=0, le=1)
+    """Share of groups with wrong answers only that the skipping aims at."""
+    greso_step: float = Field(0.01, gt=0, lt=1)
+    """Change, at each batch, of the probability of trying such a prompt again."""
+
+
 class AdaCurriculum(_Draw, _Kept):
     """Reinforce-Ada (arXiv 2510.04996): rounds of rollouts until a prompt has enough right and wrong answers."""
 
@@ -303,6 +350,8 @@ AnyCurriculum = (
     | MoppsCurriculum
     | AdaCurriculum
     | KnapsackCurriculum
+    | SpoCurriculum
+    | GresoCurriculum
 )
 CurriculumConfig = Annotated[AnyCurriculum, Field(discriminator="method")]
 METHODS: dict[str, type[CurriculumSection]] = {

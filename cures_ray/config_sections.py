@@ -20,6 +20,9 @@ Advantage = Literal[
     "posterior_loo",
     "posterior_centred",
     "posterior_std",
+    "posterior_whitened",
+    "posterior_token_whitened",
+    "shrinkage",
     "raft_pp",
 ]
 

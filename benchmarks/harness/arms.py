@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.harness.real_task import BATCH_DIVISOR, REAL_MODEL, REAL_TASK, real_settings
 from cures_ray.config import Config
 from cures_ray.config_load import known_keys, merged
 from cures_ray.messages import ConfigError
@@ -107,6 +108,28 @@ _CURES_WIDE: Overrides = (  # rho* draws, one rollout each, predicted baseline a
     | _PREDICT
     | {"curriculum.allocation": "uniform", "algo.advantage": "posterior_std", "algo.min_advantage": 0.3}
 )
+_DEFAULT: Overrides = _CURES_WIDE | {"curriculum.prior_from": "mixture"}  # the product's default
+# From the posterior as the baseline to the default, one thing at a time.
+_LADDER: dict[str, Overrides] = {"ladder_baseline": _WIDE | {"curriculum.discount": 0.8}}
+_LADDER["ladder_predictor"] = _LADDER["ladder_baseline"] | _PREDICT | {"curriculum.prior_from": "mixture"}
+_LADDER["ladder_scale"] = _LADDER["ladder_predictor"] | {"algo.advantage": "posterior_std"}
+_LADDER["ladder_thinning"] = _LADDER["ladder_scale"] | {"algo.min_advantage": 0.3}
+_SPO: Overrides = {  # 256 prompts x 1 rollout, each prompt's own tracker as the baseline
+    "curriculum.method": "spo",
+    "curriculum.prompts_per_step": 256,
+    "curriculum.pilot_rollouts": 8,
+    "curriculum.prior_from": "constant",
+    "curriculum.prior_alpha": 0.5,
+    "curriculum.prior_beta": 0.5,
+    "algo.advantage": "posterior_whitened",
+}
+_NEAR_HALF: Overrides = {  # of a large pool, the prompts whose sampled accuracy is nearest one half; groups of 8
+    "curriculum.method": "mopps",
+    "curriculum.mopps_pool_factor": 64,
+    "curriculum.prior_from": "predictor",
+    "curriculum.prior_scope": "all",
+    "algo.advantage": "grpo",
+}
 
 ARMS: dict[str, Overrides] = {
     # the field
@@ -129,6 +152,16 @@ ARMS: dict[str, Overrides] = {
     "mopps": {"curriculum.method": "mopps", "algo.advantage": "grpo"},
     "ada": {"curriculum.method": "reinforce_ada", "curriculum.draw": "epoch", "algo.advantage": "dr_grpo"},
     "knapsack": {"curriculum.method": "knapsack", "curriculum.draw": "epoch", "algo.advantage": "grpo"},
+    # one rollout a prompt with a memory, or a better baseline for a few
+    "spo": _SPO,
+    "spo_nopilot": _SPO | {"curriculum.pilot_rollouts": 0},
+    "spo_tokens": _SPO | {"curriculum.pilot_rollouts": 0, "algo.advantage": "posterior_token_whitened"},
+    "shrinkage_2": _GRPO | {"algo.advantage": "shrinkage", "curriculum.prompts_per_step": 128},
+    "shrinkage_4": _GRPO | {"algo.advantage": "shrinkage", "curriculum.prompts_per_step": 64},
+    # prompts chosen before any rollout
+    "bots": _NEAR_HALF | {"curriculum.prior_strength": 8.0, "curriculum.discount": 0.9},
+    "gps": _NEAR_HALF | {"curriculum.prior_strength": 16.0, "curriculum.discount": 0.8},
+    "greso": {"curriculum.method": "greso", "curriculum.draw": "epoch", "algo.advantage": "grpo"},
     # CurES as published, and its parts
     "cures": _PAPER,
     "cures_rpp": _PAPER | {"algo.advantage": "reinforce_pp"},
@@ -153,6 +186,11 @@ ARMS: dict[str, Overrides] = {
     "wide_cures_predictor": _WIDE_CURES | _PREDICT,
     "cures_wide": _CURES_WIDE,
     "cures_wide_uniform": _CURES_WIDE | {"curriculum.sampling": "uniform", "curriculum.draw": "epoch"},  # its control
+    # the product's default: priors by experts whose measured skill weights them
+    **_LADDER,
+    "default": _DEFAULT,
+    "default_hidden": _DEFAULT | {"curriculum.predictor_features": "hidden"},
+    "default_uniform": _DEFAULT | {"curriculum.sampling": "uniform", "curriculum.draw": "epoch"},
     # controls
     "uniform_curriculum": {  # GRPO through the curriculum's own code path
         "curriculum.method": "cures",
@@ -163,6 +201,7 @@ ARMS: dict[str, Overrides] = {
     },
 }
 # Controls outside the configuration. coin: rewards are coin flips. oracle: the belief is the true accuracy, free.
+# permuted: every prompt has the features and the level of another one, so that predictor and level mean know nothing.
 # oracle_sigma: that, and the score moments are measured on many fresh rollouts, free.
 CONTROLS: dict[str, tuple[str, str]] = {  # control arm -> (arm, control)
     "random_grpo": ("grpo", "coin"),
@@ -173,13 +212,18 @@ CONTROLS: dict[str, tuple[str, str]] = {  # control arm -> (arm, control)
     "oracle_wide_cures": ("wide_cures", "oracle"),
     "oracle_wide": ("wide", "oracle"),
     "oracle_cures_wide": ("cures_wide", "oracle"),
+    "random_default": ("default", "coin"),
+    "oracle_default": ("default", "oracle"),
+    "default_permuted": ("default", "permuted"),
+    "default_uniform_permuted": ("default_uniform", "permuted"),
+    "cures_wide_permuted": ("cures_wide", "permuted"),
     "oracle_bernoulli": ("sigma_bernoulli", "oracle"),
     "oracle_sigma": ("sigma_last_layer", "oracle_sigma"),
 }
 HEADLINE = ("grpo", "rpp", "rpp_single", "gvm", "dapo", "mopps", "cures", "wide", "wide_cures", "cures_wide")
 
 # Rollouts planned per rollout trained, about: such arms are evaluated more often, to have as many points per cost.
-PLANNED_PER_TRAINED = {"dapo": 3.2, "speed": 3.0, "ada": 3.0, "gvm": 1.5, "gvm_raft": 1.5, "cures": 1.5}
+PLANNED_PER_TRAINED = {"dapo": 3.2, "speed": 3.0, "ada": 3.0, "gvm": 1.5, "gvm_raft": 1.5, "cures": 1.5, "greso": 2.0}
 
 _PAPER_ARMS = [name for name, arm in ARMS.items() if arm.get("curriculum.pilot_rollouts") and name.startswith("cures")]
 
@@ -195,11 +239,14 @@ LEARNING_RATES: dict[tuple[str, str], dict[str, float]] = {
     ("chain", "T"): {"*": 2e-3, **dict.fromkeys(("gvm", "gvm_raft", *_PAPER_ARMS), 1e-3)},
     ("program", "N"): _PROGRAM_RATES,
     ("program", "T"): _PROGRAM_RATES,
+    ("chain_opaque", "T"): {"*": 2e-3},  # that of chain; not swept
+    (REAL_TASK, REAL_MODEL): {"*": 2e-5},  # before its sweep
 }
 
 # The base model of a task: arguments of BaseModelSpec. vLLM on CPUs needs 32 dimensions a head.
 BASES: dict[str, dict[str, int]] = {
     "chain": {"prompts": 2048, "eval_prompts": 400, "sft_steps": 400, "hidden": 64, "layers": 2, "heads": 2},
+    "chain_opaque": {"prompts": 2048, "eval_prompts": 400, "sft_steps": 400, "hidden": 64, "layers": 2, "heads": 2},
     "program": {"prompts": 2048, "eval_prompts": 300, "sft_steps": 400, "hidden": 64, "layers": 2, "heads": 2},
 }
 
@@ -246,20 +293,24 @@ def arm_config(
     """The resolved configuration of one run: common, task, arm, label, command line, in this order."""
     arm, _, changes = split_arm(label)
     rates = LEARNING_RATES[task, variant]
-    values: Overrides = COMMON | {
-        "model.path": f"{base}/model",
-        "data.train": f"{base}/train.jsonl",
-        "data.eval": f"{base}/eval.jsonl",
-        "rollout.max_new_tokens": TASKS[task].max_new_tokens,
-        "verifier.fn": TASKS[task].verifier,
-        "learner.lr": rates.get(label, rates.get(arm, rates["*"])),
-        "learner.seed": seed,
-        "data.seed": seed,
-        "trainer.seed": seed,
-        "trainer.rollout_budget": budget,
-        "checkpoint.dir": run_dir,
-    }
-    values |= ARMS[arm] | changes | extra
+    own = real_settings(base, seed) if task == REAL_TASK else _synthetic_settings(task, base)
+    values: Overrides = (
+        COMMON
+        | own
+        | {
+            "learner.lr": rates.get(label, rates.get(arm, rates["*"])),
+            "learner.seed": seed,
+            "data.seed": seed,
+            "trainer.seed": seed,
+            "trainer.rollout_budget": budget,
+            "checkpoint.dir": run_dir,
+        }
+    )
+    values |= ARMS[arm]
+    if task == REAL_TASK:
+        for key in ("curriculum.prompts_per_step", "curriculum.rollouts_per_step"):
+            values[key] //= BATCH_DIVISOR
+    values |= changes | extra
     planned = values["curriculum.rollouts_per_step"] * PLANNED_PER_TRAINED.get(arm, 1.0)
     values.setdefault("trainer.steps", max(1, budget // values["curriculum.rollouts_per_step"]))
     values.setdefault("eval.interval", max(1, -(-budget // round(planned * EVALUATIONS))))
@@ -267,6 +318,16 @@ def arm_config(
     written = changes | extra
     parts = {key: value for key, value in values.items() if key not in written}
     return Config.model_validate(merged(nested(parts), nested(written)))
+
+
+def _synthetic_settings(task: str, base: str) -> Overrides:
+    return {
+        "model.path": f"{base}/model",
+        "data.train": f"{base}/train.jsonl",
+        "data.eval": f"{base}/eval.jsonl",
+        "rollout.max_new_tokens": TASKS[task].max_new_tokens,
+        "verifier.fn": TASKS[task].verifier,
+    }
 
 
 def nested(values: Overrides) -> dict[str, dict[str, Any]]:

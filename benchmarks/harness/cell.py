@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness.arms import BASES, arm_config, split_arm
+from benchmarks.harness.real_task import REAL_MODEL, REAL_TASK, prepare_real
 from benchmarks.harness.results_file import ROOT, commit
 from cures_ray.config import Config
 from cures_ray.messages import ConfigError
@@ -31,6 +32,7 @@ BASES_FOLDER = Path("runs/bench/base")
 COST_AXES = {  # axis of the figures -> its heading
     "rollouts": "rollouts (all planned ones)",
     "generated_tokens": "generated tokens",
+    "tokens": "tokens, prefill charged",
     "learner_flops": "learner FLOPs",
     "optimizer_steps": "optimizer steps",
     "seconds": "seconds of work",  # CPU in process, wall in the full system
@@ -63,8 +65,8 @@ def mix_suffix(levels: list[int]) -> str:
 
 
 def add_task_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--task", choices=list(TASKS), default="chain")
-    p.add_argument("--variant", choices=["N", "T"], default="T", help="N: little transfer between prompts; T: much")
+    p.add_argument("--task", choices=[*BASES, REAL_TASK], default="chain")
+    p.add_argument("--variant", choices=["N", "T", REAL_MODEL], default="T", help="N: little transfer; T: much")
     p.add_argument("--levels", default="", help="difficulty mix, such as 5,6 or 1,1,2; default: all levels once")
     p.add_argument("--bases", type=Path, default=BASES_FOLDER, help="where base models are made and kept")
 
@@ -77,8 +79,13 @@ def spec_of(args: argparse.Namespace, label: str, seed: int, engine: str, extra:
     """
     split_arm(label)
     levels = [int(level) for level in args.levels.split(",") if level]
-    if unknown := sorted(set(levels) - set(TASKS[args.task].levels)):
+    if (args.task == REAL_TASK) != (args.variant == REAL_MODEL):
+        raise ConfigError(f"--task {REAL_TASK} goes with --variant {REAL_MODEL}, and no other does")
+    if args.task == REAL_TASK and levels:
+        raise ConfigError(f"--levels: task {REAL_TASK} has families, not levels (benchmarks/harness/real_task.py)")
+    if unknown := sorted(set(levels) - set(TASKS[args.task].levels if levels else ())):
         raise ConfigError(f"--levels: task {args.task} has no levels {unknown}; it has {TASKS[args.task].levels}")
+    base = f"{args.task}-{args.variant}{mix_suffix(levels)}-{seed}"
     return Spec(
         label=label,
         seed=seed,
@@ -87,7 +94,7 @@ def spec_of(args: argparse.Namespace, label: str, seed: int, engine: str, extra:
         variant=args.variant,
         budget=args.budget_rollouts,
         extra=extra,
-        base=str(args.bases / f"{args.task}-{args.variant}{mix_suffix(levels)}-{seed}"),
+        base=str(args.bases / (REAL_MODEL if args.task == REAL_TASK else base)),
         levels=levels,
     )
 
@@ -107,6 +114,9 @@ def ensure_base(spec: Spec) -> float:
     from cures_ray.synthetic.base_model import BaseModelSpec, prepare
 
     folder = Path(spec.base)
+    if spec.task == REAL_TASK:
+        prepare_real(folder)
+        return 0.0
     if (folder / "summary.json").exists():
         return 0.0
     began = time.monotonic()
@@ -123,7 +133,8 @@ def ensure_base(spec: Spec) -> float:
 
 def config_of(spec: Spec, run_dir: Path) -> Config:
     """The resolved configuration of a cell."""
-    in_process: dict[str, Any] = {"rollout.max_concurrent_rollouts": 1024} if spec.engine == "inprocess" else {}
+    wide = spec.engine == "inprocess" and spec.task != REAL_TASK
+    in_process: dict[str, Any] = {"rollout.max_concurrent_rollouts": 1024} if wide else {}
     return arm_config(
         spec.label,
         task=spec.task,
@@ -177,6 +188,8 @@ def _in_process(spec: Spec, config: Config) -> dict[str, Any]:
         coin=COIN if control == "coin" else None,
         oracle=tell_truth if control.startswith("oracle") else None,
         measure_sigma=control == "oracle_sigma",
+        permute=control == "permuted",
+        exact=spec.task in TASKS,
     )
     return {
         "curve": join_curve(run.costs.marks, run.evaluations),
@@ -214,6 +227,7 @@ def full_marks(steps: list[dict[str, float]]) -> list[dict[str, float]]:
     for line in steps:
         totals["generated_tokens"] += line["rollout/tokens_per_s"] * line["time/step_s"]
         totals["seconds"] += line["time/step_s"]
+        totals["tokens"] = totals["generated_tokens"]  # the logs have no prompt tokens of untrained rollouts
         for name, key in (("trained_tokens",) * 2, ("computed_tokens",) * 2, ("learner_flops", "flops")):
             totals[name] += line.get(f"learner/{key}", 0.0)
         updates += int(line.get("learner/updates", 0.0))
@@ -263,7 +277,7 @@ STEP_KEYS += ("learner/entropy", "learner/clip_fraction", "learner/loss", "time/
 
 
 def _chosen(step: dict[str, float]) -> dict[str, float]:
-    return {k: v for k, v in step.items() if k in STEP_KEYS or k.startswith("curriculum/")}
+    return {k: v for k, v in step.items() if k in STEP_KEYS or k.startswith(("curriculum/", "belief/"))}
 
 
 def _rounded(rows: list[dict[str, float]]) -> list[dict[str, float]]:

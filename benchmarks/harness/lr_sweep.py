@@ -61,6 +61,13 @@ def main(argv: list[str]) -> int:
     return 1 if any(r["status"] != "done" for r in records) else 0
 
 
+def finished(argv: list[str]) -> list[dict[str, Any]]:
+    """The records that a call with ``argv`` has left so far."""
+    args = parser().parse_args(argv)
+    sweep = Sweep(args.out)
+    return [r for r in map(sweep.result, make_specs(args)) if r is not None]
+
+
 def make_specs(args: argparse.Namespace) -> list[Spec]:
     extra = parse_set(args.set)
     arms = []

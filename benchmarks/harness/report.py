@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.harness.analysis import FRACTIONS, GEN_TO_TRAIN, ArmFigures
 from benchmarks.harness.cell import COST_AXES
+from benchmarks.harness.deviations import deviations_of
 from benchmarks.harness.statistics import Interval, Speedup
 
 Row = dict[str, Any]
@@ -38,6 +39,8 @@ def markdown(figures: list[ArmFigures], baseline: str, title: str, command: str)
         "paired seeds with Student's 95 % interval of the log ratios. A run that never gets there counts with the cost "
         "at which it ended, so that ≤ marks an upper bound.\n"
     )
+    if lines := deviations_of([f.label for f in figures]):
+        parts += ["## Where arms are not what their papers have\n", *(f"- {line}" for line in lines), ""]
     return "\n".join(parts)
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.cell import Spec, code_digest, config_of
+from benchmarks.harness.real_task import REAL_TASK
 
 Command = Callable[[Path, Path], list[str]]  # (spec file, result file) -> argv
 POLL_S = 0.2
@@ -33,6 +34,7 @@ COMPILED_ONCE = {
     "PYTHONDONTWRITEBYTECODE": "",
     "PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir()) / "cures-pycache"),
 }
+REAL = {"PYTHONHASHSEED": "0"}  # some tasks of reasoning-gym walk over sets
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -160,7 +162,7 @@ class Sweep:
         path.write_text(json.dumps(asdict(spec)))
         self._path(spec).unlink(missing_ok=True)
         self._path(spec, ".failed.json").unlink(missing_ok=True)
-        if self.command is None and spec.engine == "inprocess":
+        if self.command is None and spec.engine == "inprocess" and spec.task != REAL_TASK:
             preload()
             return Forked(path, self._path(spec), self._path(spec, ".log"))
         threads = ONE_THREAD if spec.engine == "inprocess" else {}
@@ -170,7 +172,7 @@ class Sweep:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=os.environ | COMPILED_ONCE | threads,
+                env=os.environ | COMPILED_ONCE | threads | (REAL if spec.task == REAL_TASK else {}),
             )
 
     def _ended(self, process: Process, since: float) -> bool:

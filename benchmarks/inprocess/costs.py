@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cures_ray.messages import Accounting
+
+DEVICE = "CURES_BENCH_DEVICE"  # environment variable: cpu (default), cuda, cuda:1, ...
+
+
+def device() -> str:
+    """Where the engine in process computes."""
+    return os.environ.get(DEVICE, "cpu")
 
 
 @dataclass(slots=True)
@@ -25,16 +33,19 @@ class Costs:
     computed_tokens: float = 0.0  # prompt + completion tokens that the learner really computed
     learner_flops: float = 0.0
     optimizer_steps: int = 0  # updates of the weights; batches with nothing to train are not counted
-    seconds: dict[str, float] = field(default_factory=dict)  # by component, CPU: the machine may be shared
+    seconds: dict[str, float] = field(
+        default_factory=dict
+    )  # by component; CPU seconds on a CPU (it may be shared), else wall
     marks: list[dict[str, float]] = field(default_factory=list)
 
     @contextmanager
     def timed(self, component: str) -> Iterator[None]:
-        began = time.process_time()
+        clock = time.process_time if device() == "cpu" else time.perf_counter
+        began = clock()
         try:
             yield
         finally:
-            self.seconds[component] = self.seconds.get(component, 0.0) + time.process_time() - began
+            self.seconds[component] = self.seconds.get(component, 0.0) + clock() - began
 
     def generated(self, parameters: int, prompt_tokens: int, completion_tokens: int) -> None:
         """Forward passes cost 2 x parameters FLOPs a token."""
@@ -57,6 +68,7 @@ class Costs:
                 "trained_rollouts": float(accounting.trained),
                 "generated_tokens": float(self.generated_tokens),
                 "prompt_tokens": float(self.prompt_tokens),
+                "tokens": float(self.prompt_tokens + self.generated_tokens),
                 "generation_flops": self.generation_flops,
                 "trained_tokens": self.trained_tokens,
                 "computed_tokens": self.computed_tokens,

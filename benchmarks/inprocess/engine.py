@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.inprocess.controls import permuted
 from benchmarks.inprocess.costs import Costs
+from benchmarks.inprocess.drift import DriftMeter
 from benchmarks.inprocess.judges import JUDGES, LocalVerifier
 from benchmarks.inprocess.local_learner import LocalLearner
 from benchmarks.inprocess.oracle_sigma import MeasuredMoments, install
@@ -53,8 +55,6 @@ from cures_ray.messages import (
 from cures_ray.run.preflight import Inputs
 from cures_ray.synthetic.tasks import TASKS
 
-MAX_BATCH = 1024  # rollouts sampled in one batch
-
 
 class RowCache:
     """A prompt source whose rows are made once: tokenizing again at every lease would be most of the time."""
@@ -76,15 +76,20 @@ class LocalLedger:
     ``before_plan`` is called with the curriculum whenever a batch may be planned (the oracle control).
     """
 
-    def __init__(self, curriculum: Curriculum, costs: Costs, before_plan: Any = None) -> None:
-        self.curriculum, self.costs, self.before_plan = curriculum, costs, before_plan
+    def __init__(
+        self, curriculum: Curriculum, costs: Costs, before_plan: Any = None, drift: DriftMeter | None = None
+    ) -> None:
+        self.curriculum, self.costs, self.before_plan, self.drift = curriculum, costs, before_plan, drift
         self.plans: list[dict[str, float]] = []
 
     async def lease(self, worker: str, max_rollouts: int, version: int) -> list[Lease]:
         if self.before_plan is not None:
             self.before_plan(self.curriculum, version)
         with self.costs.timed("curriculum"):
-            return self.curriculum.lease(worker, max_rollouts, version)
+            leases = self.curriculum.lease(worker, max_rollouts, version)
+        if self.drift is not None:
+            self.drift.measure(self.curriculum, leases)
+        return leases
 
     async def settle(self, settlement: Settlement) -> SettleReply:
         with self.costs.timed("curriculum"):
@@ -136,9 +141,9 @@ def _shape(plan: BatchPlan) -> dict[str, float]:
 class LocalGenerator:
     """GeneratorPort that samples everything that waits in one batch."""
 
-    def __init__(self, sampler: Sampler, costs: Costs) -> None:
-        self.name, self.version = "inprocess", -1
-        self.sampler, self.costs = sampler, costs
+    def __init__(self, sampler: Sampler, costs: Costs, max_batch: int, drift: DriftMeter | None = None) -> None:
+        self.name, self.version, self.max_batch = "inprocess", -1, max_batch
+        self.sampler, self.costs, self.drift = sampler, costs, drift
         self._queue: list[tuple[GenerationRequest, asyncio.Future[list[Any]]]] = []
         self._pump: asyncio.Task[None] | None = None
 
@@ -162,7 +167,7 @@ class LocalGenerator:
             training = self._queue[0][0].lease_id >= 0  # evaluation is sampled and charged apart
             batch, n = [], 0
             for item in [x for x in self._queue if (x[0].lease_id >= 0) == training]:
-                if n and n + item[0].n > MAX_BATCH:
+                if n and n + item[0].n > self.max_batch:
                     break
                 batch.append(item)
                 n += item[0].n
@@ -179,6 +184,8 @@ class LocalGenerator:
                 if training:
                     length = sum(len(r[0]) for r in rollouts)
                     self.costs.generated(self.sampler.parameters, len(request.prompt.token_ids) * request.n, length)
+                    if self.drift is not None:
+                        self.drift.record(request.lease_id, rollouts)
                 if not future.done():
                     future.set_result(rollouts)
             await asyncio.sleep(0)
@@ -313,6 +320,7 @@ def run_in_process(
     coin: float | None = None,
     oracle: Callable[[Curriculum, np.ndarray], None] | None = None,
     measure_sigma: bool = False,
+    permute: bool = False,
     verifier: VerifierPort | None = None,
 ) -> LocalRun:
     """Train ``config`` to its end.
@@ -324,20 +332,22 @@ def run_in_process(
         oracle: called with the curriculum and the true accuracy of every training prompt whenever the policy has
             changed, free of charge (control).
         measure_sigma: allocations get score moments of many fresh rollouts (control).
+        permute: the curriculum sees every prompt with the level and the features of another one (control).
         verifier: instead of the task's judge.
     """
     costs = Costs()
     rollout = config.rollout
     learner = LocalLearner(config, costs)
     sampler = Sampler(learner.policy.lm, inputs.tokenizer, rollout.temperature, rollout.max_new_tokens)
-    generator = LocalGenerator(sampler, costs)
-    learner.before_training = generator.drain
     train = RowCache(inputs.train)
-    curriculum = make_curriculum(config, inputs)
+    drift = DriftMeter(sampler, train.rows, costs) if config.curriculum.method == "spo" else None
+    generator = LocalGenerator(sampler, costs, config.rollout.max_concurrent_rollouts, drift)
+    learner.before_training = generator.drain
+    curriculum = make_curriculum(config, inputs, permute)
     if measure_sigma:
         install(curriculum, MeasuredMoments(learner, sampler, JUDGES[task], train.rows))
     before_plan = _oracle(oracle, ExactAccuracy(sampler, train, task), costs) if oracle is not None else None
-    ledger = LocalLedger(curriculum, costs, before_plan)
+    ledger = LocalLedger(curriculum, costs, before_plan, drift)
     verifier = verifier or LocalVerifier(JUDGES[task], config.trainer.seed, coin)
     ports = Ports(ledger=ledger, fleet=LocalFleet(generator), verifier=verifier, learner=learner)
     evaluator = None
@@ -360,9 +370,12 @@ def run_in_process(
     )
 
 
-def make_curriculum(config: Config, inputs: Inputs) -> Curriculum:
-    """As ``actors.ledger`` makes it."""
-    return Curriculum(config, *curriculum_columns(config, inputs.train))
+def make_curriculum(config: Config, inputs: Inputs, permute: bool = False) -> Curriculum:
+    """As ``actors.ledger`` makes it; with ``permute`` the levels and features are those of other prompts."""
+    ids, levels, features = curriculum_columns(config, inputs.train)
+    if permute:
+        levels, features = permuted(config.trainer.seed, len(ids), levels, features)
+    return Curriculum(config, ids, levels, features)
 
 
 def _oracle(

@@ -11,11 +11,12 @@ import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from cures_ray.boxes import last_box
-from cures_ray.messages import Outcome, PromptRow, RolloutGroup, Verdict
+from cures_ray.messages import Outcome, PromptRow, RolloutGroup, RunError, Verdict
 
 Judge = Callable[[str, PromptRow], float]  # (completion, prompt) -> reward
 
@@ -43,7 +44,31 @@ def program(completion: str, prompt: PromptRow) -> float:
     return float(_passes(found.group(1), tests))
 
 
-JUDGES: dict[str, Judge] = {"chain": chain, "chain_opaque": chain, "program": program}
+def reasoning_gym(completion: str, prompt: PromptRow) -> float:
+    """The task's own scorer, in this process: the tasks of the benchmark have scorers that only compare numbers.
+
+    Raises:
+        RunError: the entry cannot be made again; that is no wrong answer.
+    """
+    verdict = _gym()({"completion": completion, "answer": prompt.answer, "row": prompt.row})
+    if verdict.is_fault:
+        raise RunError(f"prompt {prompt.prompt_id}: {verdict.detail}")
+    return verdict.reward
+
+
+JUDGES: dict[str, Judge] = {
+    "chain": chain,
+    "chain_opaque": chain,
+    "program": program,
+    "reasoning-gym": reasoning_gym,
+}
+
+
+@lru_cache(maxsize=1)
+def _gym() -> Any:
+    from cures_ray.verify.reasoning_gym import ReasoningGymJudge
+
+    return ReasoningGymJudge()
 
 
 @lru_cache(maxsize=8192)

@@ -26,6 +26,7 @@ class Sampler:
 
     def __init__(self, model: Any, tokenizer: Any, temperature: float, max_new_tokens: int) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.device = next(self.model.parameters()).device
         self.tokenizer, self.temperature, self.max_new_tokens = tokenizer, temperature, max_new_tokens
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.end, self.pad = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)
@@ -65,11 +66,13 @@ class Sampler:
         for i, prompt in enumerate(prompts):
             ids[i, width - len(prompt) :] = prompt
             mask[i, width - len(prompt) :] = 1
-        attention = torch.cat([torch.as_tensor(mask), torch.ones(len(prompts), self.max_new_tokens).long()], 1)
-        position = (torch.as_tensor(mask).cumsum(1) - 1).clamp(min=0)
-        step, cache = torch.as_tensor(ids), None
+        seen = torch.as_tensor(mask, device=self.device)
+        attention = torch.cat([seen, seen.new_ones(len(prompts), self.max_new_tokens)], 1)
+        position = (seen.cumsum(1) - 1).clamp(min=0)
+        step, cache = torch.as_tensor(ids, device=self.device), None
         tokens, scores = [], []
-        done = torch.zeros(len(prompts), dtype=torch.bool)
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        greedy = greedy.to(self.device)
         for t in range(self.max_new_tokens):
             out = self.model(
                 input_ids=step,
@@ -82,7 +85,7 @@ class Sampler:
             cache = out.past_key_values
             logprobs = torch.log_softmax(out.logits[:, -1].float() / self.temperature, -1)
             cumulative = logprobs.exp().cumsum(-1)
-            u = torch.as_tensor(_uniforms(streams, t)).float()[:, None] * cumulative[:, -1:]
+            u = torch.as_tensor(_uniforms(streams, t)).float().to(self.device)[:, None] * cumulative[:, -1:]
             drawn = torch.searchsorted(cumulative, u).clamp(max=logprobs.shape[1] - 1)
             step = torch.where(greedy[:, None], logprobs.argmax(-1, keepdim=True), drawn)
             tokens.append(step)
@@ -91,23 +94,30 @@ class Sampler:
             if bool(done.all()):
                 break
             position = position[:, -1:] + 1
-        return torch.cat(tokens, 1).numpy().astype(np.int32), torch.cat(scores, 1).numpy()
+        return torch.cat(tokens, 1).cpu().numpy().astype(np.int32), torch.cat(scores, 1).cpu().numpy()
 
-    @torch.inference_mode()
     def probability(self, prompts: list[np.ndarray], answers: list[np.ndarray]) -> np.ndarray:
         """P(the completion starts with answer | prompt) at the sampling temperature. float64 [N].
 
         For a task with one right completion this is the exact accuracy, without sampling noise.
         """
-        result = np.zeros(len(prompts))
+        return np.exp([scores.sum(dtype=np.float64) for scores in self.token_logprobs(prompts, answers)])
+
+    @torch.inference_mode()
+    def token_logprobs(self, prompts: list[np.ndarray], answers: list[np.ndarray]) -> list[np.ndarray]:
+        """Log-probability of every token of the answers after their prompts, at the sampling temperature: float32 [L]
+        each."""
+        result: list[np.ndarray] = [np.zeros(0, np.float32)] * len(prompts)
         by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             by_shape[len(prompt), len(answer)].append(i)
         for (p, _), rows in by_shape.items():
-            ids = torch.as_tensor(np.array([np.concatenate([prompts[i], answers[i]]) for i in rows]).astype(np.int64))
+            together = np.array([np.concatenate([prompts[i], answers[i]]) for i in rows]).astype(np.int64)
+            ids = torch.as_tensor(together, device=self.device)
             logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits[:, p - 1 :].float()
             scores = torch.log_softmax(logits / self.temperature, -1).gather(2, ids[:, p:, None])
-            result[rows] = scores.squeeze(2).sum(1).double().exp().numpy()
+            for i, line in zip(rows, scores.squeeze(2).cpu().numpy(), strict=True):
+                result[i] = line
         return result
 
 

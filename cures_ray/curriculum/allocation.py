@@ -73,7 +73,7 @@ def sigma_for(
     sigma = sigma_gradient(p, p, known)
     if advantage in ("grpo", "posterior_std"):
         return sigma / np.maximum(sigma_bernoulli(p), 1e-6)
-    if advantage in ("rloo", "dr_grpo", "posterior_loo", "posterior_centred", "reinforce_pp_baseline"):
+    if advantage in ("rloo", "dr_grpo", "shrinkage", "reinforce_pp_baseline") or advantage.startswith("posterior_"):
         return sigma
     raise ValueError(f"no sigma for algo.advantage = {advantage}")
 

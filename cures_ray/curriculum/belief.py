@@ -139,6 +139,15 @@ class BeliefTable:
         if self.gradients is not None:
             self.gradients[:, rows] = np.nan
 
+    def rescale(self, total: float) -> None:
+        """Bring every row's alpha + beta to ``total``, at its mean: what was observed so far weighs that much."""
+        factor = total / (self.alpha + self.beta)
+        self.alpha, self.beta = self.alpha * factor, self.beta * factor
+
+    def forget_prior(self) -> None:
+        """From now on the prior is evidence like any other: a discount fades it too."""
+        self.prior_alpha, self.prior_beta = np.array([SMALLEST], np.float32), np.array([SMALLEST], np.float32)
+
     def set_prior(self, index: Index, alpha: Values, beta: Values) -> None:
         """Replace the prior of the rows (all when None); evidence that the rows already have is kept."""
         a, b = np.asarray(alpha, np.float32), np.asarray(beta, np.float32)

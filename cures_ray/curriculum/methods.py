@@ -36,6 +36,7 @@ from cures_ray.curriculum.planning import (
     upper_bound,
 )
 from cures_ray.curriculum.pool import PromptPool
+from cures_ray.curriculum.rivals import greso, spo
 from cures_ray.curriculum.rounds import dapo, dapo_select, reinforce_ada, reinforce_ada_select, speed, speed_select
 from cures_ray.curriculum.sampling import Draw
 
@@ -158,4 +159,6 @@ METHODS: dict[str, Method] = {
     "mopps": Method(mopps, keep_all),
     "reinforce_ada": Method(reinforce_ada, reinforce_ada_select),
     "knapsack": Method(knapsack_rl, keep_all),
+    "spo": Method(spo, keep_all),
+    "greso": Method(greso, dapo_select),
 }

@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cures_ray.config import Config, CuresCurriculum
+from cures_ray.config import Config, CuresCurriculum, GresoCurriculum, SpoCurriculum
 from cures_ray.curriculum.belief import BeliefTable
 from cures_ray.curriculum.experts import ExpertMixture
 from cures_ray.curriculum.sampling import Draw, EpochSampler, PotentialSampler, UniformSampler, potential
+from cures_ray.curriculum.streaks import Streaks
 from cures_ray.messages import GradientStatistics
 
 BUILD_ANEW = 2**20  # changed potentials
@@ -52,6 +53,13 @@ class PromptPool:
         self.epochs = EpochSampler(count, config.trainer.seed) if c.in_epochs else None
         self.cost = np.full(count, np.nan, np.float32) if c.measures_cost else None  # tokens a rollout; NaN: not seen
         self._speed = np.zeros(2)  # tokens generated, seconds of generation
+        self.streaks: Streaks | None = None
+        if isinstance(c, GresoCurriculum):
+            self.streaks = Streaks(count, (c.greso_target_easy, c.greso_target_hard), c.greso_step)
+        self.drift: np.ndarray | None = None  # nats a token since the prompt's last response; NaN: not measured
+        if isinstance(c, SpoCurriculum):
+            self.drift = np.full(count, np.nan, np.float32)
+            self._belief.forget_prior()
 
     def settings(self, kind: type[Kind]) -> Kind:
         """The curriculum section, which must be that of the method that asks.
@@ -75,7 +83,9 @@ class PromptPool:
             *_, index, successes, failures = zip(*sorted(self._pending), strict=True)
             self._pending.clear()
             rows = np.array(index, np.int64)
-            discount = c.discount if c.belief == "discount" else 1.0
+            discount: np.ndarray | float = c.discount if c.belief == "discount" else 1.0
+            if c.belief == "drift":
+                discount = self._forgetting(rows)
             self.mixture.score(self._belief, rows, np.array(successes), np.array(failures))
             self._belief.observe(rows, successes, failures, discount=discount)
             self._touch(rows)
@@ -89,6 +99,20 @@ class PromptPool:
             evidence = c.discount**lag if c.belief == "discount" else np.ones(len(lag))
             successes, total = float(evidence @ rewards.astype(np.float64)), float(evidence.sum())
             self._pending.append((*key, index, successes, max(total - successes, 0.0)))
+
+    def note_drift(self, index: np.ndarray, drift: np.ndarray) -> None:
+        """How far the policy has moved on the prompts' last responses, nats a token [k]; 0 for a first response."""
+        if self.drift is not None:
+            self.drift[index] = drift
+
+    def _forgetting(self, rows: np.ndarray) -> np.ndarray:
+        """SPO's rho = 2^(-D / D_half) within its bounds, float64 [k]; where D is not known ``discount``, and 1 for the
+        first evidence."""
+        c = self.settings(SpoCurriculum)
+        assert self.drift is not None
+        drift = self.drift[rows].astype(np.float64)
+        rho = np.clip(np.exp2(-drift / c.drift_half_life), c.rho_min, c.rho_max)
+        return np.where(np.isnan(drift), np.where(self._belief.visits[rows] == 0, 1.0, c.discount), rho)
 
     def _touch(self, rows: np.ndarray) -> None:
         if self._samplers:  # one that is built later reads every belief anyway
@@ -116,6 +140,8 @@ class PromptPool:
         """At commit: the raw counts of one batch, in plan order, to the experts."""
         _ = self.belief  # its evidence is forecast before the experts learn from it
         self.mixture.update(index, successes, trials)
+        if self.streaks is not None:
+            self.streaks.observe(index, successes, trials)
         if self.mixture.ready:
             self._commits_since_refresh += 1
             # at most about 32 m prompts of work a commit, however many there are
@@ -246,6 +272,10 @@ class PromptPool:
             state["epochs"] = self.epochs.state_dict()
         if self.cost is not None:
             state["cost"], state["speed"] = self.cost, self._speed
+        if self.streaks is not None:
+            state["streaks"] = self.streaks.state_dict()
+        if self.drift is not None:
+            state["drift"] = self.drift
         if "mean" in self._samplers:
             state["sampler"] = self._samplers["mean"].state_dict()
         return state
@@ -262,6 +292,10 @@ class PromptPool:
             self.epochs.load_state_dict(state["epochs"])
         if self.cost is not None:
             self.cost, self._speed = np.array(state["cost"]), np.array(state["speed"])
+        if self.streaks is not None:
+            self.streaks.load_state_dict(state["streaks"])
+        if self.drift is not None:
+            self.drift = np.array(state["drift"], np.float32)
         self._samplers.clear()
         if "sampler" in state:
             self._samplers["mean"] = PotentialSampler.restored(self.size, state["sampler"])

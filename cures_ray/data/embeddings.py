@@ -33,8 +33,40 @@ def prompt_embeddings(texts: Sequence[str], tokenizer: Any, model: ModelConfig, 
         for i, ids in enumerate(tokenizer(batch, add_special_tokens=False)["input_ids"]):
             if ids:
                 features[start + i] = table[ids].mean(0)
+    return _standardised(features)
+
+
+def prompt_hidden(
+    texts: Sequence[str], tokenizer: Any, model: ModelConfig, dimensions: int = 64, batch: int = 16
+) -> np.ndarray:
+    """Features float32 [N, d] as ``prompt_embeddings``, from the base model's last hidden state at the last token of
+    the prompt: one forward pass over all prompts, once, on this machine. A probe on the policy's own states in the way
+    of POISE (2605.07579), but of the policy before training."""
+    import torch
+    from transformers import AutoModel
+
+    net = AutoModel.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code, dtype=torch.float32
+    ).eval()
+    states = []
+    with torch.inference_mode():
+        for start in range(0, len(texts), batch):
+            rows = [
+                ids or [0]
+                for ids in tokenizer(list(texts[start : start + batch]), add_special_tokens=False)["input_ids"]
+            ]
+            last = torch.tensor([len(ids) - 1 for ids in rows])
+            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True)
+            mask = torch.arange(padded.shape[1])[None, :] <= last[:, None]
+            hidden = net(input_ids=padded, attention_mask=mask.long()).last_hidden_state
+            states.append(hidden[torch.arange(len(rows)), last].float())
+    return _standardised(_projected(torch.cat(states), dimensions))
+
+
+def _standardised(features: np.ndarray) -> np.ndarray:
+    """Columns of mean 0 and standard deviation 1; a constant column is 0."""
     spread = features.std(0)
-    return (features - features.mean(0)) / np.where(spread > 1e-8, spread, 1.0)
+    return ((features - features.mean(0)) / np.where(spread > 1e-8, spread, 1.0)).astype(np.float32)
 
 
 def embedding_table(model: ModelConfig) -> Any:

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from cures_ray.config import Config, DataConfig
-from cures_ray.data.embeddings import prompt_embeddings
+from cures_ray.data.embeddings import prompt_embeddings, prompt_hidden
 from cures_ray.data.features import prompt_features
 from cures_ray.data.golds import gold_of, has_box
 from cures_ray.data.presets import EVAL_SETS, Preset, eval_settings, preset_of
@@ -345,6 +345,8 @@ def curriculum_columns(config: Config, table: PromptTable) -> tuple[np.ndarray, 
         texts = Texts(table.columns["text"])
         if c.predictor_features == "embedding":
             features = prompt_embeddings(texts, table.tokenizer, config.model)
+        elif c.predictor_features == "hidden":
+            features = prompt_hidden(texts, table.tokenizer, config.model)
         else:
             dimensions = min(512, max(32, FEATURES // max(len(texts), 1)))
             features = prompt_features(texts, table.levels, dimensions, Texts(table.columns["tags"]))

@@ -79,6 +79,36 @@ def _raft_pp(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -
     return [np.where(r > 0.5, r, 0.0) for r in rewards]
 
 
+def _posterior_whitened(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
+    """SPO (2509.13232): ``_posterior_loo`` whitened over the batch."""
+    return _whiten(_posterior_loo(rewards, alpha, beta, eps), eps)
+
+
+def _shrinkage(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
+    """James-Stein shrinkage (2511.03710): b_ij = (1 - lambda_i) mean of the prompt's other rollouts + lambda_i mean of
+    the other prompts' means, lambda_i = v / (v + t) with v the variance of the first within prompts and t the variance
+    of accuracies between prompts, both from the other prompts alone: b_ij knows neither r_ij nor its size."""
+    sizes = np.array([len(r) for r in rewards])
+    if len(rewards) < 2 or not sizes.all():
+        return _rloo(rewards, alpha, beta, eps)
+    means = np.array([r.mean() for r in rewards])
+    within = np.array([r.var(ddof=1) if len(r) > 1 else np.nan for r in rewards])
+    result = []
+    for i, r in enumerate(rewards):
+        others = np.delete(means, i)
+        known = np.delete(within, i)
+        sample = float(np.nanmean(known)) if np.isfinite(known).any() else float(others.mean() * (1 - others.mean()))
+        between = others.var(ddof=1) if len(others) > 1 else 0.0
+        t = max(between - sample * float((1 / np.delete(sizes, i)).mean()), 0.0)  # the means' own noise aside
+        if len(r) == 1:
+            result.append(r - others.mean())
+            continue
+        v = sample / (len(r) - 1)
+        share = v / (v + t) if v + t > 0 else 1.0
+        result.append(r - (1 - share) * (r.sum() - r) / (len(r) - 1) - share * others.mean())
+    return result
+
+
 ADVANTAGES: dict[str, Callable[[Groups, np.ndarray, np.ndarray, float], Groups]] = {
     "grpo": _grpo,
     "dr_grpo": _dr_grpo,
@@ -88,6 +118,9 @@ ADVANTAGES: dict[str, Callable[[Groups, np.ndarray, np.ndarray, float], Groups]]
     "posterior_loo": _posterior_loo,
     "posterior_centred": _posterior_centred,
     "posterior_std": _posterior_std,
+    "posterior_whitened": _posterior_whitened,
+    "posterior_token_whitened": _posterior_loo,  # and whitened over tokens by compute_advantages
+    "shrinkage": _shrinkage,
     "raft_pp": _raft_pp,
 }
 
@@ -104,14 +137,19 @@ def compute_advantages(
     std_eps: float = 1e-6,
     *,
     whiten: bool = True,
+    lengths: Sequence[np.ndarray] | None = None,
 ) -> Groups:
     """Advantages of g groups: ``rewards`` [n_i] each, ``alpha`` and ``beta`` [g] the Beta belief before the step.
 
-    ``whiten=False`` leaves out the final batch whitening of REINFORCE++ and its -baseline.
+    ``whiten=False`` leaves out the final batch whitening of REINFORCE++ and its -baseline. ``lengths``: tokens of the
+    rollouts [n_i] each, which ``posterior_token_whitened`` needs.
     Raises KeyError for an unknown name (the configuration admits none).
     """
     function = ADVANTAGES[name] if whiten else BEFORE_WHITENING.get(name, ADVANTAGES[name])
-    return function([np.asarray(r, np.float64) for r in rewards], alpha, beta, std_eps)
+    advantages = function([np.asarray(r, np.float64) for r in rewards], alpha, beta, std_eps)
+    if name == "posterior_token_whitened" and lengths is not None:
+        return _token_whitened(advantages, lengths, std_eps)
+    return advantages
 
 
 def token_weights(
@@ -154,6 +192,16 @@ def _centred(values: Groups) -> Groups:
     if len(together) < 2:
         return values
     return [(v - together.mean()) * (len(together) / (len(together) - 1)) for v in values]
+
+
+def _token_whitened(values: Groups, lengths: Sequence[np.ndarray], eps: float) -> Groups:
+    """SPO++ (2608.24870): whitened over the batch's action tokens, each of which has its rollout's advantage."""
+    together, tokens = np.concatenate([*values, np.zeros(0)]), np.concatenate([*lengths, np.zeros(0)])
+    if not tokens.sum():
+        return values
+    mean = np.average(together, weights=tokens)
+    std = np.sqrt(np.average(np.square(together - mean), weights=tokens))
+    return [(v - mean) / (std + eps) for v in values]
 
 
 def _whiten(values: Groups, eps: float) -> Groups:

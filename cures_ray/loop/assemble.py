@@ -126,6 +126,7 @@ def _training_groups(
         np.array([lease.beta for lease in beliefs]),
         algo.advantage_std_eps,
         whiten=not algo.kl_in_reward,
+        lengths=[np.concatenate([one.lengths[one.baseline] for one in merged]) for merged in prompts],
     )
     advantages = thin(advantages, config, version, train_cost)
     weights = token_weights(

@@ -1,0 +1,54 @@
+"""A real pretrained model on real tasks: SmolLM2-135M-Instruct on reasoning-gym, part (a) of PROTOCOL.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+REAL_TASK, REAL_MODEL = "reasoning-gym", "smollm2"
+BATCH_DIVISOR = 4  # every arm's prompts and rollouts a step, against those of arms.py: 64 rollouts a step
+
+TASKS_OF_MIXTURE = [  # chosen from the base model's accuracy, before any method ran
+    ("chain_sum_short", "chain_sum", {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1}, 0.40),
+    ("chain_sum_long", "chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, 0.30),
+    ("gcd", "gcd", {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 30}, 0.20),
+    (
+        "products",
+        "products",
+        {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+        0.10,
+    ),  # about 80 prompts
+]
+
+
+def real_settings(base: str, seed: int) -> dict[str, Any]:
+    """Overrides of the task: data, model, lengths and evaluation; the same for every arm."""
+    tasks = [
+        {"name": name, "params": params, "weight": weight, "label": label}
+        for label, name, params, weight in TASKS_OF_MIXTURE
+    ]
+    return {
+        "model.path": base,
+        "data.train": REAL_TASK,
+        "data.eval": REAL_TASK,
+        "data.reasoning_gym": {"train_size": 512, "eval_size": 128, "seed": seed, "tasks": tasks},
+        "data.prompt_suffix": "\nGive only the answer.",
+        "data.max_prompt_tokens": 160,
+        "data.max_eval_prompts": None,
+        "verifier.fn": "reasoning_gym",
+        "rollout.max_new_tokens": 16,
+        "rollout.temperature": 0.7,
+        "rollout.max_concurrent_rollouts": 128,
+        "algo.overlong_penalty_tokens": 0,
+        "learner.max_tokens_per_rank": 2048,
+        "eval.samples_per_prompt": 2,
+        "eval.interval": 4,
+    }
+
+
+def prepare_real(folder: Path) -> None:
+    """The model's folder, made on first use."""
+    from actors.commands.smollm2 import main
+
+    if not (folder / "config.json").exists():
+        main(["--out", str(folder)])
