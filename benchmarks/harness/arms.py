@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.harness.real_task import BATCH_DIVISOR, REAL_MODEL, REAL_TASK, real_settings
+from benchmarks.harness.real_task import REAL_MODEL, REAL_TASK, quartered, real_settings
 from cures_ray.config import Config
 from cures_ray.config_load import known_keys, merged
 from cures_ray.messages import ConfigError
@@ -308,8 +308,7 @@ def arm_config(
     )
     values |= ARMS[arm]
     if task == REAL_TASK:
-        for key in ("curriculum.prompts_per_step", "curriculum.rollouts_per_step"):
-            values[key] //= BATCH_DIVISOR
+        values, changes = quartered(values), quartered(changes)
     values |= changes | extra
     planned = values["curriculum.rollouts_per_step"] * PLANNED_PER_TRAINED.get(arm, 1.0)
     values.setdefault("trainer.steps", max(1, budget // values["curriculum.rollouts_per_step"]))

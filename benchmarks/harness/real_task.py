@@ -46,6 +46,12 @@ def real_settings(base: str, seed: int) -> dict[str, Any]:
     }
 
 
+def quartered(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with the sizes of a batch divided by BATCH_DIVISOR."""
+    sizes = ("curriculum.prompts_per_step", "curriculum.rollouts_per_step")
+    return {key: value // BATCH_DIVISOR if key in sizes else value for key, value in values.items()}
+
+
 def prepare_real(folder: Path) -> None:
     """The model's folder, made on first use."""
     from actors.commands.smollm2 import main

@@ -26,7 +26,7 @@ from cures_ray.synthetic.tasks import TASKS, generate, solve_chain, to_row
 from cures_ray.verify.mathematics import verify_math
 
 TINY = {"prompts": 96, "eval_prompts": 48, "sft_steps": 250, "sft_batch": 24, "hidden": 48, "layers": 2, "heads": 4}
-SMALL_BATCH = {"curriculum.rollouts_per_step": 64, "curriculum.prompts_per_step": 8, "curriculum.n_max": 16}
+SMALL_BATCH = {"curriculum.rollouts_per_step": 64, "curriculum.prompts_per_step": 8}
 WIDE_BATCH = {"curriculum.rollouts_per_step": 64, "curriculum.prompts_per_step": 64}
 
 
