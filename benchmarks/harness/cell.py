@@ -32,7 +32,6 @@ BASES_FOLDER = Path("runs/bench/base")
 COST_AXES = {  # axis of the figures -> its heading
     "rollouts": "rollouts (all planned ones)",
     "generated_tokens": "generated tokens",
-    "tokens": "tokens, prefill charged",
     "learner_flops": "learner FLOPs",
     "optimizer_steps": "optimizer steps",
     "seconds": "seconds of work",  # CPU in process, wall in the full system
@@ -227,7 +226,6 @@ def full_marks(steps: list[dict[str, float]]) -> list[dict[str, float]]:
     for line in steps:
         totals["generated_tokens"] += line["rollout/tokens_per_s"] * line["time/step_s"]
         totals["seconds"] += line["time/step_s"]
-        totals["tokens"] = totals["generated_tokens"]  # the logs have no prompt tokens of untrained rollouts
         for name, key in (("trained_tokens",) * 2, ("computed_tokens",) * 2, ("learner_flops", "flops")):
             totals[name] += line.get(f"learner/{key}", 0.0)
         updates += int(line.get("learner/updates", 0.0))

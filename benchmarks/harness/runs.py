@@ -20,6 +20,7 @@ from cures_ray.messages import ConfigError
 
 Record = dict[str, Any]
 POINT_KEYS = ("version", *COST_AXES, "trained_tokens", "computed_tokens", "trained_rollouts", "greedy", "sampled")
+POINT_KEYS += ("tokens",)  # prefill charged; older runs have it not
 START_BATCHES = 5  # whose share of mixed groups says how informative the prompts are for the base model
 KEPT_SPEC = ("engine", "task", "variant", "budget", "levels", "extra")
 
@@ -50,7 +51,7 @@ def compact(record: Record) -> Record:
         "seconds_by_component": record["seconds_by_component"],
         "explain": {key: short(value) for key, value in explain(record).items()},
         "by_level": [points[0]["by_level"], points[-1]["by_level"]],
-        "curve": {key: [short(p[key]) for p in points] for key in POINT_KEYS},
+        "curve": {key: [short(p[key]) for p in points] for key in POINT_KEYS if key in points[0]},
     }
 
 
