@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def real(folder: Path, config_path: Path, overrides: list[str]) -> dict[str, object]:
-    """Prepare the model, train it, and leave ``summary.json`` and ``accuracy.png`` in ``folder``/run.
+    """Prepare the model, train it, and leave ``summary.json`` and the report in ``folder``/run.
 
     Raises:
         RunError: the model cannot be prepared, or the run failed. ConfigError: bad input.
@@ -56,9 +56,6 @@ def real(folder: Path, config_path: Path, overrides: list[str]) -> dict[str, obj
     data = summary.as_json() | {"seconds_setup": round(setup, 1), "seconds": round(time.monotonic() - began, 1)}
     (run / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
     print(ending(summary))
-    from cures_ray.run.picture import draw_run
-
-    print(f"  picture: {draw_run(run)}")
     print(f"real: {data['seconds']} s in all")
     return data
 
