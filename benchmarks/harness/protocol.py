@@ -14,6 +14,8 @@ import argparse
 import json
 import os
 import shlex
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -77,6 +79,7 @@ def main(argv: list[str]) -> int:
     """Exit code 1 when a cell failed, 2 when cells are left for the next call."""
     args = parser().parse_args(argv)
     os.environ[DEVICE] = args.device
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the cells too
     if args.part.startswith("tune-"):
         return tune(args)
     specs = make_specs(args)

@@ -27,7 +27,7 @@ class Costs:
     """
 
     generated_tokens: int = 0  # completion tokens of leased rollouts, trained or not
-    prompt_tokens: int = 0  # prefill of leased rollouts, once a rollout
+    prompt_tokens: int = 0  # prefill, once a lease: engines share the prefix of its rollouts
     generation_flops: float = 0.0
     trained_tokens: float = 0.0  # completion tokens of the rollouts that entered an optimizer step
     computed_tokens: float = 0.0  # prompt + completion tokens that the learner really computed

@@ -183,7 +183,7 @@ class LocalGenerator:
             for (request, future), rollouts in zip(batch, results, strict=True):
                 if training:
                     length = sum(len(r[0]) for r in rollouts)
-                    self.costs.generated(self.sampler.parameters, len(request.prompt.token_ids) * request.n, length)
+                    self.costs.generated(self.sampler.parameters, len(request.prompt.token_ids), length)
                     if self.drift is not None:
                         self.drift.record(request.lease_id, rollouts)
                 if not future.done():

@@ -60,30 +60,27 @@ class Sampler:
         self, prompts: list[np.ndarray], streams: np.ndarray, greedy: torch.Tensor
     ) -> tuple[np.ndarray, np.ndarray]:
         """ids int32 [B, T] and log-probabilities float32 [B, T]; what follows a stop token means nothing."""
-        width = max(map(len, prompts))
-        ids = np.full((len(prompts), width), self.pad, np.int64)
-        mask = np.zeros((len(prompts), width), np.int64)
-        for i, prompt in enumerate(prompts):
+        first: dict[bytes, int] = {}  # a prompt -> its row in the prefill, which computes it once
+        which = torch.as_tensor([first.setdefault(p.tobytes(), len(first)) for p in prompts], device=self.device)
+        distinct = [np.frombuffer(key, prompts[0].dtype) for key in first]
+        width = max(map(len, distinct))
+        ids = np.full((len(distinct), width), self.pad, np.int64)
+        mask = np.zeros((len(distinct), width), np.int64)
+        for i, prompt in enumerate(distinct):
             ids[i, width - len(prompt) :] = prompt
             mask[i, width - len(prompt) :] = 1
         seen = torch.as_tensor(mask, device=self.device)
-        attention = torch.cat([seen, seen.new_ones(len(prompts), self.max_new_tokens)], 1)
         position = (seen.cumsum(1) - 1).clamp(min=0)
-        step, cache = torch.as_tensor(ids, device=self.device), None
+        out = self._forward(torch.as_tensor(ids, device=self.device), seen, position, None)
+        cache, logits = out.past_key_values, out.logits[:, -1][which]
+        cache.batch_select_indices(which)
+        attention = torch.cat([seen[which], seen.new_ones(len(prompts), self.max_new_tokens)], 1)
+        position = position[which, -1:]
         tokens, scores = [], []
         done = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         greedy = greedy.to(self.device)
         for t in range(self.max_new_tokens):
-            out = self.model(
-                input_ids=step,
-                attention_mask=attention[:, : width + t],
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache = out.past_key_values
-            logprobs = torch.log_softmax(out.logits[:, -1].float() / self.temperature, -1)
+            logprobs = torch.log_softmax(logits.float() / self.temperature, -1)
             cumulative = logprobs.exp().cumsum(-1)
             u = torch.as_tensor(_uniforms(streams, t)).float().to(self.device)[:, None] * cumulative[:, -1:]
             drawn = torch.searchsorted(cumulative, u).clamp(max=logprobs.shape[1] - 1)
@@ -91,10 +88,21 @@ class Sampler:
             tokens.append(step)
             scores.append(logprobs.gather(1, step))
             done |= step[:, 0] == self.end
-            if bool(done.all()):
+            if bool(done.all()) or t + 1 == self.max_new_tokens:
                 break
-            position = position[:, -1:] + 1
+            position = position + 1
+            logits = self._forward(step, attention[:, : width + t + 1], position, cache).logits[:, -1]
         return torch.cat(tokens, 1).cpu().numpy().astype(np.int32), torch.cat(scores, 1).cpu().numpy()
+
+    def _forward(self, ids: torch.Tensor, attention: torch.Tensor, position: torch.Tensor, cache: Any) -> Any:
+        return self.model(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
 
     def probability(self, prompts: list[np.ndarray], answers: list[np.ndarray]) -> np.ndarray:
         """P(the completion starts with answer | prompt) at the sampling temperature. float64 [N].
