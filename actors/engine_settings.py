@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+import numpy as np
 
 from actors.weights.canary import engine_dtype
 from cures_ray.config import Config
 from cures_ray.messages import ConfigError
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -149,3 +154,30 @@ def missing_interface(names: tuple[str, ...] = ENGINE_INTERFACE) -> list[str]:
         if PAUSE_MODE not in get_args(PauseMode):
             missing.append(f"pause_generation(mode={PAUSE_MODE!r})")
     return missing
+
+
+def sampling_params(config: Config, seed: int, room: int, greedy: bool) -> SamplingParams:
+    """Of one rollout, which has ``room`` tokens left in the model's context."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    rollout = config.rollout
+    return SamplingParams(
+        temperature=0.0 if greedy else rollout.temperature,
+        top_p=1.0 if greedy else rollout.top_p,
+        top_k=-1 if greedy else rollout.top_k,
+        seed=None if greedy else seed,
+        max_tokens=min(rollout.max_new_tokens, room),
+        stop=list(rollout.stop) or None,
+        include_stop_str_in_output=True,  # text is the text of token_ids
+        detokenize=bool(rollout.stop),  # else once, at the end
+        logprobs=0,  # of the sampled token only
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def rollout_seed(seed: int, j: int) -> int:
+    """The engine seed of rollout ``j`` of a request: a hash of both, 62 bits, so that neither neighbouring
+    leases nor neighbouring rollouts share a stream."""
+    words = np.random.SeedSequence([seed % 2**64, j]).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(2))

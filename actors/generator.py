@@ -1,9 +1,10 @@
 """A generator: one vLLM engine in a Ray actor.
 
-    driver --GenerationRequest--> n engine requests, one a rollout --> (GroupSummary, RolloutGroup)
+    driver --submit(LeaseChunk)--> n engine requests a lease, one a rollout
+           <--collect------------- (ChunkSummary, RolloutChunk) of what finished since the last call
     learner --WeightUpdate--> pause, load, stamp the version, resume, canary --> SyncReport
 
-Each rollout is an engine request of its own, with a seed derived from (request.seed, j): rollout j is the same
+Each rollout is an engine request of its own, with a seed derived from (the lease's seed, j): rollout j is the same
 for every n > j, and whatever else runs. vLLM's own ``n=`` seeds its children seed + j, which would give
 neighbouring seeds the same rollouts; on a 2 M model it was not faster beyond the noise of a shared machine.
 """
@@ -14,35 +15,39 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from actors.engine_settings import PAUSE_MODE, engine_arguments, has_gpu, set_environment
+from actors.engine_settings import (
+    PAUSE_MODE,
+    engine_arguments,
+    has_gpu,
+    rollout_seed,
+    sampling_params,
+    set_environment,
+)
+from actors.finished import Work, pack_finished
 from actors.weights.backend import Node, road
 from actors.weights.canary import Canary, canary_tolerance, compare, verdict
 from cures_ray.config import Config
-from cures_ray.loop.ports import CanaryFailed, WorkerLost
-from cures_ray.messages import (
-    GenerationRequest,
-    GroupSummary,
-    Rollout,
-    RolloutGroup,
-    SyncReport,
-    WeightUpdate,
-)
+from cures_ray.loop.ports import CanaryFailed, PromptSource, WorkerLost
+from cures_ray.messages import ChunkSummary, LeaseChunk, RolloutChunk, SyncReport, WeightUpdate
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
 CANARY_PRIORITY = -1  # before the rollouts, which have 0
 
 
-class GenerationTimeout(TimeoutError):
-    """A lease missed its deadline, rollout.timeout_s; its requests were aborted in the engine."""
+POLL_S = 2.0  # ``collect`` waits at most so long for something to hand out
+LINGER_SHARE = 0.01  # of the mean seconds of a lease: how long ``collect`` waits for more to hand out together
+LINGER_S = (0.002, 0.25)  # at least, at most
+ENOUGH = 64  # rollouts that are handed out without waiting for more
 
 
 class GeneratorActor:
@@ -52,6 +57,7 @@ class GeneratorActor:
     driver replaces the actor. When the engine's process dies this process exits, so that Ray sees a dead actor.
 
     Args:
+        prompts: the tables by name ("train", "eval").
         name: unique among the generators of the run.
         model_path: a Hugging Face folder or Hub name; the weights that the engine starts with.
         version: the policy version of those weights.
@@ -62,9 +68,11 @@ class GeneratorActor:
         name: str,
         config: Config,
         model_path: str,
+        prompts: Mapping[str, PromptSource],
         version: int = 0,
     ) -> None:
         self.name, self.config, self.model_path, self.version = name, config, model_path, version
+        self._prompts = prompts
         self._engine: AsyncLLM
         self._tokenizer: Any = None
         self._max_model_len = 0
@@ -73,15 +81,16 @@ class GeneratorActor:
         self._proven.set()
         self._admitting = asyncio.Event()  # cleared while requests drain before a sync
         self._admitting.set()
-        self._generating = 0  # calls of generate beyond admission
+        self._generating = 0  # leases beyond admission
         self._drained = asyncio.Event()  # set while there are none
         self._drained.set()
         self._syncing = asyncio.Lock()
         self._requests: set[str] = set()  # request ids in the engine
         self._submitted = 0
-        self._tokens = 0
-        self._idle_seconds = 0.0
-        self._last_stats = self._idle_since = time.monotonic()
+        self._done: list[tuple[str, Work]] = []  # finished and not collected, with the prompts' table
+        self._finished = asyncio.Event()  # something is in it, or the generator failed
+        self._mean_seconds = 0.0  # of a lease
+        self._leases: set[asyncio.Task[None]] = set()
         self._watch: asyncio.Task[None] | None = None
 
     # -- life ------------------------------------------------------------------------------------------
@@ -104,12 +113,7 @@ class GeneratorActor:
         self._tokenizer = self._engine.get_tokenizer()
         await self._engine.update_weight_version(str(self.version))
         self._watch = asyncio.create_task(self._exit_with_engine())
-        self._last_stats = self._idle_since = time.monotonic()
         return time.monotonic() - began
-
-    async def ping(self) -> dict[str, Any]:
-        """Liveness: name, version, process id."""
-        return {"name": self.name, "version": self.version, "pid": os.getpid(), "failure": self._failure}
 
     async def close(self) -> None:
         """End the engine's process."""
@@ -117,23 +121,6 @@ class GeneratorActor:
             self._watch.cancel()
         self._failure = self._failure or "closed"
         self._engine.shutdown()
-
-    async def stats(self) -> dict[str, float]:
-        """Since the last call: tokens/s and idle seconds. Now: rollouts in the engine, running and waiting."""
-        now = time.monotonic()
-        idle = self._idle_seconds + (0.0 if self._requests else now - self._idle_since)
-        seconds = max(now - self._last_stats, 1e-9)
-        running = min(len(self._requests), self.config.rollout.max_concurrent_rollouts)
-        result = {
-            "tokens_per_second": self._tokens / seconds,
-            "idle_seconds": idle,
-            "seconds": seconds,
-            "running": float(running),
-            "waiting": float(len(self._requests) - running),
-            "version": float(self.version),
-        }
-        self._tokens, self._idle_seconds, self._last_stats, self._idle_since = 0, 0.0, now, now
-        return result
 
     async def _exit_with_engine(self) -> None:
         while True:
@@ -147,77 +134,106 @@ class GeneratorActor:
 
     # -- generation ------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerationRequest) -> tuple[GroupSummary, RolloutGroup]:
-        """Sample ``request.n`` completions of one prompt (call with ``.options(num_returns=2)``).
+    async def submit(self, leases: LeaseChunk) -> None:
+        """Begin to generate ``leases``; ``collect`` hands out what is finished.
 
         Raises:
-            GenerationTimeout: rollout.timeout_s passed; nothing of the request is left in the engine.
-            WorkerLost: this generator's weights failed while the request was under way.
-            ValueError: the prompt leaves no room for a completion.
+            ValueError: a prompt leaves no room for a completion.
         """
-        self._check_usable()
-        began = time.monotonic()
-        prompt = request.prompt.token_ids.tolist()
-        room = self._max_model_len - len(prompt)
-        if room < 1:
-            raise ValueError(
-                f"prompt {request.prompt.prompt_id} has {len(prompt)} tokens, which fills the context of "
-                f"{self._max_model_len}; lower data.max_prompt_tokens"
-            )
-        samplings = [self._sampling(request, j, room) for j in range(1 if request.greedy else request.n)]
-        try:
-            async with asyncio.timeout(self.config.rollout.timeout_s):
-                outputs = await self._sample(prompt, samplings)
-                await self._proven.wait()  # hand out nothing from weights that the canary has not passed
-        except TimeoutError as error:
-            raise GenerationTimeout(
-                f"lease {request.lease_id} of {len(samplings)} rollouts took more than rollout.timeout_s = "
-                f"{self.config.rollout.timeout_s:g} s on {self.name}"
-            ) from error
-        self._check_usable()
-        rollouts = tuple(self._rollout(output.outputs[0]) for output in outputs)
-        self._tokens += sum(len(r.token_ids) for r in rollouts)
-        group = RolloutGroup(
-            lease_id=request.lease_id,
-            attempt=request.attempt,
-            prompt_token_ids=np.asarray(prompt, np.int32),
-            rollouts=rollouts,
-        )
-        return summarize(group, self.name, time.monotonic() - began), group
+        for work in self._works(leases):
+            task = asyncio.create_task(self._lease(leases.source, work))
+            self._leases.add(task)
+            task.add_done_callback(self._leases.discard)
 
-    async def _sample(self, prompt: Sequence[int], samplings: Sequence[SamplingParams]) -> list[RequestOutput]:
+    async def _lease(self, source: str, work: Work) -> None:
+        try:
+            await self._finish(work)
+        except Exception as error:
+            await self._give_up(f"lease {work.lease_id} could not be generated: {error!r}"[:1000])
+        self._done.append((source, work))
+        self._finished.set()
+
+    async def collect(self) -> tuple[ChunkSummary, RolloutChunk]:
+        """The leases that finished since the last call (call with ``.options(num_returns=2)``). Waits for the first,
+        at most POLL_S, and then a little for more. A lease that missed its deadline, rollout.timeout_s, is ``failed``;
+        nothing of it is left in the engine.
+
+        Raises:
+            WorkerLost: this generator's weights failed; nothing comes out of it any more.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(POLL_S):
+                await self._finished.wait()
+        linger = min(max(LINGER_SHARE * self._mean_seconds, LINGER_S[0]), LINGER_S[1])
+        if self._done and sum(len(work.samplings) for _, work in self._done) < ENOUGH:
+            await asyncio.sleep(linger)
+        await self._proven.wait()  # hand out nothing from weights that the canary has not passed
+        self._check_usable()
+        source = self._done[0][0] if self._done else "train"
+        done = [work for name, work in self._done if name == source]
+        self._done = [entry for entry in self._done if entry[0] != source]
+        if not self._done:
+            self._finished.clear()
+        return self._pack(source, done)
+
+    async def generate(self, leases: LeaseChunk) -> tuple[ChunkSummary, RolloutChunk]:
+        """All of ``leases``, in their order, when the last is finished (call with ``.options(num_returns=2)``).
+
+        Raises:
+            WorkerLost, ValueError: as ``collect`` and ``submit``.
+        """
+        works = self._works(leases)
+        await asyncio.gather(*(self._finish(work) for work in works))
+        await self._proven.wait()
+        self._check_usable()
+        return self._pack(leases.source, works)
+
+    def _works(self, leases: LeaseChunk) -> list[Work]:
+        self._check_usable()
+        rows = self._prompts[leases.source].rows(leases.prompt_index)
+        columns = (leases.lease_id, leases.attempt, leases.prompt_index, leases.n, leases.seed)
+        works = []
+        for row, *lease in zip(rows, *(column.tolist() for column in columns), strict=True):
+            lease_id, attempt, index, n, seed = lease
+            room = self._max_model_len - len(row.token_ids)
+            if room < 1:
+                raise ValueError(
+                    f"prompt {row.prompt_id} has {len(row.token_ids)} tokens, which fills the context of "
+                    f"{self._max_model_len}; lower data.max_prompt_tokens"
+                )
+            samplings = [sampling_params(self.config, rollout_seed(seed, j), room, leases.greedy) for j in range(n)]
+            works.append(Work(lease_id, attempt, index, row.token_ids.tolist(), samplings))
+        return works
+
+    async def _finish(self, work: Work) -> None:
+        """Generate one lease; its outputs stay None when it missed its deadline or the engine gave up."""
+        with suppress(TimeoutError, WorkerLost):  # WorkerLost: whoever collects is told
+            async with asyncio.timeout(self.config.rollout.timeout_s):
+                work.outputs = await self._sample(work.prompt, work.samplings)
+        work.seconds = time.monotonic() - work.began
+        self._mean_seconds += 0.05 * (work.seconds - self._mean_seconds)
+
+    def _pack(self, source: str, done: list[Work]) -> tuple[ChunkSummary, RolloutChunk]:
+        decode = None if self.config.rollout.stop else self._tokenizer.batch_decode
+        return pack_finished(source, done, self.name, self.version, decode)
+
+    async def _sample(self, prompt: list[int], samplings: Sequence[SamplingParams]) -> list[RequestOutput]:
         await self._admitting.wait()
         self._check_usable()
         self._generating += 1
         self._drained.clear()
-        tasks = [asyncio.create_task(self._run(prompt, sampling)) for sampling in samplings]
         try:
-            return await asyncio.gather(*tasks)
+            if len(samplings) == 1:
+                return [await self._run(prompt, samplings[0])]
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._run(prompt, sampling)) for sampling in samplings]
+            return [task.result() for task in tasks]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
         finally:
             self._generating -= 1
             if not self._generating:
                 self._drained.set()
-            for task in tasks:
-                task.cancel()
-
-    def _sampling(self, request: GenerationRequest, j: int, room: int) -> SamplingParams:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        rollout = self.config.rollout
-        return SamplingParams(
-            temperature=0.0 if request.greedy else rollout.temperature,
-            top_p=1.0 if request.greedy else rollout.top_p,
-            top_k=-1 if request.greedy else rollout.top_k,
-            seed=None if request.greedy else rollout_seed(request.seed, j),
-            max_tokens=min(rollout.max_new_tokens, room),
-            stop=list(rollout.stop) or None,
-            include_stop_str_in_output=True,  # text is the text of token_ids
-            detokenize=bool(rollout.stop),  # else once, at the end
-            logprobs=0,  # of the sampled token only
-            flat_logprobs=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
 
     async def _run(self, prompt: Sequence[int], sampling: SamplingParams, priority: int = 0) -> RequestOutput:
         """One engine request to its end. Cancelling this aborts the request in the engine."""
@@ -225,8 +241,6 @@ class GeneratorActor:
 
         self._submitted += 1
         request_id = str(self._submitted)
-        if not self._requests:
-            self._idle_seconds += time.monotonic() - self._idle_since
         self._requests.add(request_id)
         try:
             tokens: Any = {"prompt_token_ids": list(prompt)}
@@ -240,22 +254,6 @@ class GeneratorActor:
             self._exit("the engine's process died")
         finally:
             self._requests.discard(request_id)
-            if not self._requests:
-                self._idle_since = time.monotonic()
-
-    def _rollout(self, output: CompletionOutput) -> Rollout:
-        ids: Any = output.token_ids
-        flat: Any = output.logprobs
-        versions = [int(span.version) for span in output.weight_versions or ()] or [self.version]
-        text = output.text if self.config.rollout.stop else self._tokenizer.decode(ids, skip_special_tokens=True)
-        return Rollout(
-            token_ids=np.asarray(ids, np.int32),
-            logprobs=np.asarray(flat.logprobs, np.float32),
-            finish_reason=str(output.finish_reason),
-            min_version=min(versions),
-            max_version=max(versions),
-            text=text,
-        )
 
     def _check_usable(self) -> None:
         if self._failure:
@@ -347,31 +345,9 @@ class GeneratorActor:
     async def _give_up(self, why: str) -> None:
         """Never use this engine again: whoever waits for it gets WorkerLost now."""
         self._failure = why
-        self._proven.set()
-        self._admitting.set()
+        for event in (self._proven, self._admitting, self._finished):
+            event.set()
         print(f"generator {self.name}: {why}", file=sys.stderr, flush=True)
         if self._engine.errored:
             self._exit(why)
         await self._engine.abort(list(self._requests))
-
-
-def summarize(group: RolloutGroup, generator: str, seconds: float) -> GroupSummary:
-    rollouts = group.rollouts
-    return GroupSummary(
-        lease_id=group.lease_id,
-        attempt=group.attempt,
-        prompt_tokens=len(group.prompt_token_ids),
-        completion_tokens=np.asarray([len(r.token_ids) for r in rollouts], np.int32),
-        truncated=np.asarray([r.finish_reason == "length" for r in rollouts], bool),
-        min_version=np.asarray([r.min_version for r in rollouts], np.int32),
-        max_version=np.asarray([r.max_version for r in rollouts], np.int32),
-        generator=generator,
-        seconds=seconds,
-    )
-
-
-def rollout_seed(seed: int, j: int) -> int:
-    """The engine seed of rollout ``j`` of a request: a hash of both, 62 bits, so that neither neighbouring
-    leases nor neighbouring rollouts share a stream."""
-    words = np.random.SeedSequence([seed % 2**64, j]).generate_state(1, np.uint64)
-    return int(words[0] >> np.uint64(2))

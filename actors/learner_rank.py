@@ -24,7 +24,7 @@ from cures_ray.config import Config
 from cures_ray.messages import (
     CheckpointError,
     PayloadsLost,
-    RolloutGroup,
+    RolloutChunk,
     StepReport,
     TrainingBatch,
     TrainingGroup,
@@ -117,24 +117,24 @@ class LearnerRank:
         """
         return self._step.train(batch, lambda groups: self._fetch(batch, groups))
 
-    def _fetch(self, batch: TrainingBatch, groups: list[TrainingGroup]) -> dict[int, RolloutGroup]:
+    def _fetch(self, batch: TrainingBatch, groups: list[TrainingGroup]) -> dict[int, RolloutChunk]:
         """Payloads of ``groups`` by lease. All ranks learn which are lost, before any waits for another."""
-        payloads = {g.lease_id: g.payload for g in groups}
-        refs = {lease: ref for lease, ref in payloads.items() if isinstance(ref, ray.ObjectRef)}
-        lost: dict[int, str] = {}
+        handles = {g.lease_id: g.payload for g in groups}
+        refs = list({h for h in handles.values() if isinstance(h, ray.ObjectRef)})  # leases of a chunk share it
+        lost: dict[Any, str] = {}
         try:
-            payloads |= zip(refs, ray.get(list(refs.values()), timeout=PAYLOAD_SECONDS), strict=True)
+            found = dict(zip(refs, ray.get(refs, timeout=PAYLOAD_SECONDS), strict=True))
         except (ray.exceptions.RayError, TimeoutError):
             found, lost = _fetch_each(refs)
-            payloads |= found
-        flags = self.engine.total([float(g.lease_id in lost) for g in batch.groups])
+        gone = {lease for lease, handle in handles.items() if isinstance(handle, ray.ObjectRef) and handle in lost}
+        flags = self.engine.total([float(g.lease_id in gone) for g in batch.groups])
         leases = tuple(g.lease_id for g, flag in zip(batch.groups, flags, strict=True) if flag)
         if leases:
             reason = f" (rank {self.rank}: {next(iter(lost.values()))})" if lost else ""
             raise PayloadsLost(
                 f"optimizer step {batch.step}: payloads of leases {list(leases)} are lost{reason}", leases
             )
-        return payloads
+        return {lease: found[h] if isinstance(h, ray.ObjectRef) else h for lease, h in handles.items()}
 
     def logprobs(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
         """float32 [T_k - 1]: log-probabilities of tokens 1.. of each sequence [T_k] at temperature 1."""
@@ -165,6 +165,7 @@ class LearnerRank:
             info=info,
             canary_token_ids=tuple(self._canary),
             canary_logprobs=tuple(logprobs),
+            kept=info["backend"] in ("shm", "object_store"),
         )
 
     def save(self, folder: Path) -> None:
@@ -228,14 +229,14 @@ class LearnerRank:
         return Source(self.engine.module.lm, self.config.learner.zero_stage, self.rank)
 
 
-def _fetch_each(refs: dict[int, Any]) -> tuple[dict[int, RolloutGroup], dict[int, str]]:
-    """(payloads by lease, why by lease of those that cannot be fetched)."""
+def _fetch_each(refs: list[Any]) -> tuple[dict[Any, RolloutChunk], dict[Any, str]]:
+    """(payloads by handle, why by handle of those that cannot be fetched)."""
     found, lost = {}, {}
     deadline = time.monotonic() + PAYLOAD_SECONDS
-    for lease, ref in refs.items():
+    for ref in refs:
         try:
-            found[lease] = ray.get(ref, timeout=max(1.0, deadline - time.monotonic()))
+            found[ref] = ray.get(ref, timeout=max(1.0, deadline - time.monotonic()))
         except (ray.exceptions.RayError, TimeoutError) as error:
             cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-            lost[lease] = f"{type(cause).__name__}: {str(cause).splitlines()[0]}"
+            lost[ref] = f"{type(cause).__name__}: {str(cause).splitlines()[0]}"
     return found, lost

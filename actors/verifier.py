@@ -1,63 +1,60 @@
-"""A verifier: judges rollout groups in killable processes, away from the driver and the GPUs.
+"""A verifier: judges chunks of rollouts in killable processes, away from the driver and the GPUs.
 
-driver --(payload handle, PromptRow)--> VerifierActor --items--> VerifyPool: N processes
-                                        <--------- one Verdict a rollout, in order ---------
+driver --payload handle--> VerifierActor --golds from its prompt tables--> VerifyPool: N processes
+       <--VerdictChunk: one verdict a rollout, in order---
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from cures_ray.config import Config
-from cures_ray.messages import Outcome, PromptRow, RolloutGroup, Verdict
+from cures_ray.loop.ports import PromptSource
+from cures_ray.messages import RolloutChunk, Verdict, VerdictChunk
+from cures_ray.verify.mathematics import fault
 from cures_ray.verify.pool import VerifyItem, VerifyPool
 from cures_ray.verify.self_test import self_test
 
-MAX_GROUPS = 64  # in work at once; the threads only wait
+MAX_CHUNKS = 64  # in work at once; the threads only wait
 
 
 class VerifierActor:
-    """Launch with ``ray.remote(VerifierActor).options(max_concurrency=64, max_restarts=-1, ...)``.
+    """Launch with ``ray.remote(VerifierActor).options(max_concurrency=64, max_restarts=-1, max_task_retries=0)``: the
+    driver gives a chunk whose verifier died to another.
 
-    The processes start with it and die with it; ``ping`` waits for them.
+    Args:
+        prompts: the tables by name ("train", "eval"), for the golds.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, prompts: Mapping[str, PromptSource]) -> None:
+        self._config, self._prompts = config, prompts
         self._pool = VerifyPool(config.verifier)
-        self._threads = ThreadPoolExecutor(MAX_GROUPS, thread_name_prefix="group")
-        self._outcomes: Counter[str] = Counter()
-        self._faults: Counter[str] = Counter()
-        self._seconds = 0.0
+        self._threads = ThreadPoolExecutor(MAX_CHUNKS, thread_name_prefix="chunk")
         self._threads.submit(self._pool.prewarm)  # a failure comes up again with the first call
 
-    async def verify(self, group: RolloutGroup, prompt: PromptRow) -> list[Verdict]:
-        """One verdict a rollout of ``group`` (Ray resolves the handle), in order. Ends within
-        len(group.rollouts) hard deadlines (``verifier.timeout_s`` and a little) after its turn has come."""
-        items = [VerifyItem(prompt=prompt, completion=rollout.text) for rollout in group.rollouts]
-        verdicts = await self._aside(self._pool.verify, items)
-        for verdict in verdicts:
-            self._outcomes[verdict.outcome.value] += 1
-            self._seconds += verdict.seconds
-            if verdict.outcome is Outcome.FAULT:
-                self._faults[fault_reason(verdict.detail)] += 1
-        return verdicts
+    async def verify(self, chunk: RolloutChunk) -> VerdictChunk:
+        """One verdict a rollout of ``chunk`` (Ray resolves the handle), in order. Ends within
+        len(chunk) hard deadlines (``verifier.timeout_s`` and a little) after its turn has come."""
+        return await self._aside(self._verify, chunk)
+
+    def _verify(self, chunk: RolloutChunk) -> VerdictChunk:
+        prompts = self._prompts[chunk.source].rows(chunk.prompt_index, tokenize=False)
+        owner = np.repeat(np.arange(len(prompts)), chunk.summary.n)
+        judged = np.flatnonzero(~chunk.summary.failed[owner]).tolist()
+        verdicts: list[Verdict] = [fault("nothing was generated before the deadline")] * len(chunk)
+        items = [VerifyItem(prompt=prompts[owner[row]], completion=chunk.texts[row]) for row in judged]
+        for row, verdict in zip(judged, self._pool.verify(items), strict=True):
+            verdicts[row] = verdict
+        return VerdictChunk.of(verdicts)
 
     async def self_test(self) -> None:
         """Raises ConfigError when the verifier does not judge known answers rightly on this node."""
         await self._aside(self_test, self._config)
-
-    async def ping(self) -> str:
-        """Start the processes and say that they stand; raises ConfigError when they do not."""
-        await self._aside(self._pool.prewarm)
-        return "ready"
-
-    async def report(self) -> dict[str, Any]:
-        """Counts since the start: verdicts by outcome, faults by reason, process seconds spent."""
-        return {"outcomes": dict(self._outcomes), "faults": dict(self._faults), "seconds": self._seconds}
 
     async def close(self) -> None:
         """End the processes; what is in work ends as faults."""
@@ -65,8 +62,3 @@ class VerifierActor:
 
     async def _aside(self, call: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
-
-
-def fault_reason(detail: str) -> str:
-    """A fault's kind, without the numbers and texts of its item, so that kinds can be counted."""
-    return detail.split(":")[0].split(" (")[0].split(" ...")[0][:60]

@@ -24,6 +24,7 @@ BENCHMARKS = {  # subcommand -> (module with main(argv), or module:function; wha
         "benchmarks.research.journal_sqlite",
         "the ledger's journal against SQLite",
     ),
+    "control-plane": ("benchmarks.micro.control_plane", "rollouts/s and CPU of driver, ledger and the actors around"),
     "verifier": ("benchmarks.micro.verifier", "verdicts per second"),
     "weight-sync": ("benchmarks.micro.weight_sync", "weights from the learner to the generators"),
     "lora": ("benchmarks.micro.lora", "memory and seconds of LoRA against full training"),

@@ -1,8 +1,9 @@
 """The typed messages that driver, ledger, generators, verifiers and learner exchange.
 
-Control messages are small and travel by value. Rollout payloads (token ids, log-probabilities) travel
-behind an opaque handle (`PayloadHandle`): with Ray it is an ``ObjectRef``, in unit tests the object
-itself; the driver only passes it on.
+What travels between processes is a *chunk*: many leases as flat arrays, k leases of r rollouts in all. What counts
+is the lease: each settles once, and n differs between leases (``np.repeat(x_k, n)`` spreads a lease's value over its
+rollouts; nothing is reshaped). Rollout payloads (token ids, log-probabilities) stay behind an opaque handle
+(`PayloadHandle`): with Ray it is an ``ObjectRef``, in unit tests the object itself; the driver only passes it on.
 
 One rollout's life: *planned* -> *leased* -> *generated* -> *verified* -> *trained* | *discarded(reason)*.
 Conservation, stated once (asserted by ``Accounting.check``):
@@ -12,13 +13,15 @@ Conservation, stated once (asserted by ``Accounting.check``):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
-PayloadHandle = Any  # ray.ObjectRef[RolloutGroup] in production, a RolloutGroup in unit tests
+PayloadHandle = Any  # ray.ObjectRef[RolloutChunk] in production, a RolloutChunk in unit tests
+Key = tuple[int, int]  # (lease_id, attempt): what settles once
 
 
 class Discard(StrEnum):
@@ -73,8 +76,42 @@ class Lease:
     weight: float  # the prompt's weight in the objective: W_i * c_i / m (ALGORITHMS.md 3.1)
     alpha: float  # Beta posterior of the prompt when the batch was planned: before this step's evidence
     beta: float
-    policy_version: int  # version when leased
     seed: int  # rollout j samples with a seed derived from (seed, j)
+
+
+def _keys(lease_id: np.ndarray, attempt: np.ndarray) -> list[Key]:
+    return list(zip(lease_id.tolist(), attempt.tolist(), strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseChunk:
+    """What a generator is asked for: k leases. Prompts are rows of a table that generators and verifiers hold."""
+
+    lease_id: np.ndarray  # int64 [k], -1: evaluation, no lease
+    attempt: np.ndarray  # int32 [k]
+    prompt_index: np.ndarray  # int64 [k]
+    n: np.ndarray  # int32 [k] rollouts to generate
+    seed: np.ndarray  # int64 [k]
+    source: str = "train"  # the table: "train" | "eval"
+    greedy: bool = False  # for evaluation (n = 1)
+
+    def __len__(self) -> int:
+        return len(self.lease_id)
+
+    @property
+    def keys(self) -> list[Key]:
+        return _keys(self.lease_id, self.attempt)
+
+    @classmethod
+    def of(cls, leases: Sequence[Lease]) -> LeaseChunk:
+        """The part of ``leases`` that a generator needs."""
+        return cls(
+            lease_id=np.array([x.lease_id for x in leases], np.int64),
+            attempt=np.array([x.attempt for x in leases], np.int32),
+            prompt_index=np.array([x.prompt_index for x in leases], np.int64),
+            n=np.array([x.n for x in leases], np.int32),
+            seed=np.array([x.seed for x in leases], np.int64),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,76 +127,112 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutGroup:
-    """All rollouts of one lease; the payload behind a PayloadHandle."""
+class ChunkSummary:
+    """What driver and ledger need to know of finished leases without fetching their payload. k leases, r rollouts."""
 
-    lease_id: int
-    attempt: int
-    prompt_token_ids: np.ndarray  # int32 [P]
-    rollouts: tuple[Rollout, ...]
+    generator: str
+    lease_id: np.ndarray  # int64 [k]
+    attempt: np.ndarray  # int32 [k]
+    n: np.ndarray  # int32 [k]
+    failed: np.ndarray  # bool [k]: missed the generation deadline; its rollouts are empty
+    prompt_tokens: np.ndarray  # int32 [k]
+    seconds: np.ndarray  # float32 [k], wall time from submission to the last token
+    completion_tokens: np.ndarray  # int32 [r]
+    truncated: np.ndarray  # bool [r], finish_reason == "length"
+    min_version: np.ndarray  # int32 [r]
+    max_version: np.ndarray  # int32 [r]
+
+    def __len__(self) -> int:
+        return len(self.lease_id)
+
+    @property
+    def keys(self) -> list[Key]:
+        return _keys(self.lease_id, self.attempt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupSummary:
-    """What the driver and the ledger need to know of a RolloutGroup without fetching it. n = rollouts."""
+class RolloutChunk:
+    """The payload behind a PayloadHandle: the r rollouts of k finished leases, in lease order, flat."""
 
-    lease_id: int
-    attempt: int
-    prompt_tokens: int
-    completion_tokens: np.ndarray  # int32 [n]
-    truncated: np.ndarray  # bool [n], finish_reason == "length"
-    min_version: np.ndarray  # int32 [n]
-    max_version: np.ndarray  # int32 [n]
-    generator: str
-    seconds: float  # wall time from submission to the last token
+    summary: ChunkSummary
+    source: str  # of the prompts, as LeaseChunk
+    prompt_index: np.ndarray  # int64 [k]
+    prompt_ids: np.ndarray  # int32 [sum of P]
+    prompt_ends: np.ndarray  # int64 [k], where each prompt ends in prompt_ids
+    token_ids: np.ndarray  # int32 [sum of L]
+    logprobs: np.ndarray  # float32 [sum of L]
+    ends: np.ndarray  # int64 [r], where each rollout ends in token_ids and logprobs
+    texts: tuple[str, ...]  # [r]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def prompt(self, place: int) -> np.ndarray:
+        """Token ids of lease ``place`` of the chunk, int32 [P]."""
+        return self.prompt_ids[self.prompt_ends[place - 1] if place else 0 : self.prompt_ends[place]]
+
+    def tokens(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int32 [L] and log-probabilities float32 [L] of rollout ``row`` of the chunk."""
+        part = slice(self.ends[row - 1] if row else 0, self.ends[row])
+        return self.token_ids[part], self.logprobs[part]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRow:
-    """One row of the prompt table as it is sent to generators and verifiers."""
+    """One row of the prompt table."""
 
     prompt_id: str
     text: str  # rendered by the chat template
-    token_ids: np.ndarray  # int32 [P]
+    token_ids: np.ndarray  # int32 [P]; empty where only the verifier reads the row
     answer: str
     row: dict[str, Any] = field(default_factory=dict)  # the remaining columns, for reward functions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRequest:
-    """What a generator is asked: ``n`` samples of one prompt. ``greedy`` is for evaluation (n = 1)."""
+class VerdictChunk:
+    """The verdicts on a RolloutChunk, in its order. r = rollouts."""
 
-    prompt: PromptRow
-    n: int
-    seed: int
-    lease_id: int = -1  # -1: evaluation, no lease
-    attempt: int = 0
-    greedy: bool = False
+    reward: np.ndarray  # float32 [r], in [0, 1]; meaningless for faults
+    correct: np.ndarray  # bool [r]
+    fault: np.ndarray  # bool [r]
+    seconds: np.ndarray  # float32 [r], verifier process time
+    details: dict[int, str]  # of the faulty ones: why
+
+    @classmethod
+    def of(cls, verdicts: Sequence[Verdict]) -> VerdictChunk:
+        return cls(
+            reward=np.array([v.reward for v in verdicts], np.float32),
+            correct=np.array([v.outcome is Outcome.CORRECT for v in verdicts], bool),
+            fault=np.array([v.is_fault for v in verdicts], bool),
+            seconds=np.array([v.seconds for v in verdicts], np.float32),
+            details={i: v.detail for i, v in enumerate(verdicts) if v.is_fault},
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settlement:
-    """The verified outcome of one lease attempt, driver -> ledger. n = rollouts generated.
+    """The verified outcome of k lease attempts, driver -> ledger; r rollouts in all, in lease order.
 
-    Faulty entries of ``rewards`` are ignored. Generation that failed as a whole settles with
-    ``fault`` all true and reason GENERATION_FAULT.
+    Faulty entries of ``rewards`` are ignored. A lease whose generation failed as a whole has ``fault`` all true and
+    ``failed``.
     """
 
-    lease_id: int
-    attempt: int
-    rewards: np.ndarray  # float32 [n]
-    fault: np.ndarray  # bool [n]
-    completion_tokens: np.ndarray  # int32 [n]
-    min_version: np.ndarray  # int32 [n]
-    generate_seconds: float = 0.0
-    verify_seconds: float = 0.0
-    fault_reason: Discard = Discard.VERIFIER_FAULT
+    lease_id: np.ndarray  # int64 [k]
+    attempt: np.ndarray  # int32 [k]
+    n: np.ndarray  # int32 [k] rollouts generated
+    failed: np.ndarray  # bool [k]: faults are GENERATION_FAULT, else VERIFIER_FAULT
+    generate_seconds: np.ndarray  # float32 [k]
+    verify_seconds: np.ndarray  # float32 [k]
+    rewards: np.ndarray  # float32 [r]
+    fault: np.ndarray  # bool [r]
+    completion_tokens: np.ndarray  # int32 [r]
+    min_version: np.ndarray  # int32 [r]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettleReply:
-    accepted: bool  # False: settled before, or a lost attempt; nothing changed
-    ready_batch: int | None = None  # set when this settlement completed the last round of a batch
+    accepted: np.ndarray  # bool [k]; False: settled before, or a lost attempt; nothing changed
+    ready: tuple[int, ...] = ()  # batches of which all rounds are settled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,8 +260,9 @@ class TrainingGroup:
     """One prompt of a training batch: a payload and its per-rollout numbers. n = rollouts."""
 
     lease_id: int
-    payload: PayloadHandle
-    rollout_index: np.ndarray  # int32 [k] rows of the payload's rollouts that are trained, k <= n
+    payload: PayloadHandle  # of the chunk that the lease came in
+    place: int  # of the lease in the chunk
+    rollout_index: np.ndarray  # int32 [k] rows of the chunk's rollouts that are trained, k <= n
     rewards: np.ndarray  # float32 [k]
     advantages: np.ndarray  # float32 [k], a rollout's tokens share one advantage
     weights: np.ndarray  # float32 [k], loss weight per *token* of rollout: W_i/(m * n_i * L)
@@ -240,6 +314,8 @@ class WeightUpdate:
     info: dict[str, Any]  # backend-specific: {"path": ...} for shm, rendezvous data for nccl and ipc
     canary_token_ids: tuple[np.ndarray, ...]  # int32 [T_k] fixed sequences
     canary_logprobs: tuple[np.ndarray, ...]  # float32 [T_k - 1], of tokens 1.. under the learner
+    together: bool = False  # all generators load it before the learner trains on: it is the learner's own memory
+    kept: bool = True  # False: the learner holds it only until it publishes the next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,7 +325,7 @@ class SyncReport:
     generator: str
     version: int
     canary_max_error: float  # max |log p_generator - log p_learner| in nats
-    seconds_paused: float
+    seconds_paused: float  # in which the engine computed nothing
     seconds: float
     canary_mean_error: float = 0.0  # the mean, which decides
 

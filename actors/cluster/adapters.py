@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,28 +19,31 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from cures_ray.loop.ports import GeneratorPort, WorkerLost
+from cures_ray.config import Config
+from cures_ray.loop.ports import GeneratorPort, PayloadLost, WorkerLost
 from cures_ray.messages import (
     Accounting,
     BatchPlan,
+    ChunkSummary,
     CommitReport,
     Discard,
-    GenerationRequest,
-    GroupSummary,
-    Lease,
+    Key,
+    LeaseChunk,
     LedgerStatus,
     PayloadHandle,
-    PromptRow,
     RunError,
     Settlement,
     SettleReply,
     SyncReport,
-    Verdict,
+    VerdictChunk,
     WeightUpdate,
 )
+from cures_ray.verify.pool import hard_deadline
 
 GONE = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, RaySystemError, GetTimeoutError)
 MARGIN_S = 30.0  # beyond a worker's own deadline
+CHUNKS_EACH = 8  # in work at one verifier
+REST_S = 30.0  # in which a verifier that failed is asked last
 
 
 async def answer(ref: Any, who: str, timeout_s: float) -> Any:
@@ -47,11 +52,14 @@ async def answer(ref: Any, who: str, timeout_s: float) -> Any:
     try:
         async with scope:
             return await asyncio.wrap_future(ref.future())
+    except ObjectLostError as error:
+        raise PayloadLost(f"{who}: {type(error).__name__}") from error
     except GONE as error:
         raise WorkerLost(f"{who}: {_told(error)}") from error
     except TimeoutError as error:
         if not scope.expired():  # raised inside the worker: its own deadline
             raise
+        ray.cancel(ref)  # nobody waits for it any more
         raise WorkerLost(f"{who}: no answer within {timeout_s:.0f} s") from error
 
 
@@ -70,12 +78,12 @@ class RayLedger:
         self.handle, self.patience_s = handle, patience_s
         self._lease_calls = 0
 
-    async def _call(self, method: str, *args: Any) -> Any:
+    async def _retried(self, method: Any, *args: Any) -> Any:
         deadline = asyncio.get_running_loop().time() + self.patience_s
         delay = 0.2
         while True:
             try:
-                return await answer(getattr(self.handle, method).remote(*args), "ledger", self.patience_s)
+                return await answer(method.remote(*args), "ledger", self.patience_s)
             except WorkerLost as error:
                 if getattr(error.__cause__, "actor_init_failed", False):  # it would fail again: a damaged journal
                     raise RunError(f"the ledger cannot come back: {error}") from error
@@ -84,27 +92,27 @@ class RayLedger:
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 5.0)
 
-    async def lease(self, worker: str, max_rollouts: int, version: int) -> list[Lease]:
+    async def lease(self, worker: str, max_rollouts: int, version: int) -> LeaseChunk:
         self._lease_calls += 1
-        return await self._call("lease", worker, max_rollouts, version, self._lease_calls)
+        return await self._retried(self.handle.lease, worker, max_rollouts, version, self._lease_calls)
 
     async def settle(self, settlement: Settlement) -> SettleReply:
-        return await self._call("settle", settlement)
+        return await self._retried(self.handle.call, "settle", settlement)
 
-    async def give_back(self, keys: list[tuple[int, int]], reason: Discard) -> None:
-        await self._call("give_back", keys, reason)
+    async def give_back(self, keys: list[Key], reason: Discard) -> None:
+        await self._retried(self.handle.call, "give_back", keys, reason)
 
     async def plan(self, batch: int) -> BatchPlan | None:
-        return await self._call("plan", batch)
+        return await self._retried(self.handle.call, "plan", batch)
 
     async def commit(self, report: CommitReport) -> Accounting:
-        return await self._call("commit", report)
+        return await self._retried(self.handle.call, "commit", report)
 
     async def status(self) -> LedgerStatus:
-        return await self._call("status")
+        return await self._retried(self.handle.call, "status")
 
     async def save(self, folder: Path) -> None:
-        await self._call("save", str(folder))
+        await self._retried(self.handle.call, "save", folder)
 
 
 class RayGenerator:
@@ -113,14 +121,22 @@ class RayGenerator:
     def __init__(self, name: str, handle: Any, timeout_s: float) -> None:
         self.name, self.handle, self.timeout_s = name, handle, timeout_s
 
-    async def generate(self, request: GenerationRequest) -> tuple[GroupSummary, PayloadHandle]:
-        summary, payload = self.handle.generate.options(num_returns=2).remote(request)
-        return await answer(summary, f"generator {self.name}", self.timeout_s + MARGIN_S), payload
+    async def submit(self, leases: LeaseChunk) -> None:
+        await self._answer(self.handle.submit.remote(leases))
+
+    async def collect(self) -> tuple[ChunkSummary, PayloadHandle]:
+        summary, payload = self.handle.collect.options(num_returns=2).remote()
+        return await self._answer(summary), payload
+
+    async def generate(self, leases: LeaseChunk) -> tuple[ChunkSummary, PayloadHandle]:
+        summary, payload = self.handle.generate.options(num_returns=2).remote(leases)
+        return await self._answer(summary), payload
 
     async def update_weights(self, update: WeightUpdate) -> SyncReport:
-        return await answer(
-            self.handle.update_weights.remote(update), f"generator {self.name}", self.timeout_s + MARGIN_S
-        )
+        return await self._answer(self.handle.update_weights.remote(update))
+
+    async def _answer(self, ref: Any) -> Any:
+        return await answer(ref, f"generator {self.name}", self.timeout_s + MARGIN_S)
 
 
 class RayFleet:
@@ -132,7 +148,7 @@ class RayFleet:
 
     def __init__(self, start: Callable[[int], Any], timeout_s: float, restarts: int = 20) -> None:
         self._start, self.timeout_s, self._restarts = start, timeout_s, restarts
-        self._members: dict[str, RayGenerator] = {}
+        self.members: dict[str, RayGenerator] = {}
 
     async def launch(self, count: int, start_timeout_s: float = 300.0) -> None:
         await asyncio.gather(*(self._add(i, start_timeout_s) for i in range(count)))
@@ -144,32 +160,53 @@ class RayFleet:
             await answer(handle.start.remote(), name, start_timeout_s)
         except WorkerLost as error:
             raise RunError(f"{name} did not start: {error}; its log is in Ray's session folder") from error
-        self._members[name] = RayGenerator(name, handle, self.timeout_s)
-        return self._members[name]
+        self.members[name] = RayGenerator(name, handle, self.timeout_s)
+        return self.members[name]
 
     def generators(self) -> list[GeneratorPort]:
-        return list(self._members.values())
+        return list(self.members.values())
 
     async def replace(self, name: str, why: str) -> GeneratorPort:
         if self._restarts == 0:
             raise RunError(f"{name} was lost ({why}) and the budget of restarts is used up")
         self._restarts -= 1
-        ray.kill(self._members[name].handle)
+        ray.kill(self.members[name].handle)
         return await self._add(int(name.rsplit("-", 1)[1]))
 
 
 class RayVerifiers:
-    """VerifierPort over V actors: the one with the least work; Ray restarts a dead one and repeats its task."""
+    """VerifierPort over V actors. A chunk goes to the one with the least work, in turn where that is equal; one that
+    failed lately comes last. No verifier has more than CHUNKS_EACH at once, so the deadline of a chunk is that of its
+    own items and of those before it."""
 
-    def __init__(self, handles: list[Any], timeout_s: float) -> None:
-        self.handles, self.timeout_s = handles, timeout_s
-        self._load = [0] * len(handles)
+    def __init__(self, handles: list[Any], config: Config) -> None:
+        self.handles = handles
+        self._item_s = hard_deadline(config.verifier.timeout_s) / config.verifier.processes_per_worker
+        self._load = [0] * len(handles)  # chunks in work
+        self._queued = [0] * len(handles)  # rollouts in work
+        self._failed = [-math.inf] * len(handles)  # when each failed last
+        self._places = asyncio.Semaphore(CHUNKS_EACH * len(handles))
+        self._turn = 0
 
-    async def verify(self, payload: PayloadHandle, prompt: PromptRow) -> list[Verdict]:
-        index = min(range(len(self.handles)), key=self._load.__getitem__)
-        self._load[index] += 1
-        try:
-            ref = self.handles[index].verify.remote(payload, prompt)
-            return await answer(ref, f"verifier-{index}", self.timeout_s)
-        finally:
-            self._load[index] -= 1
+    async def verify(self, payload: PayloadHandle, rollouts: int) -> VerdictChunk:
+        async with self._places:
+            index = self._choose()
+            self._load[index] += 1
+            self._queued[index] += rollouts
+            try:
+                ref = self.handles[index].verify.remote(payload)
+                return await answer(ref, f"verifier-{index}", MARGIN_S + self._queued[index] * self._item_s)
+            except WorkerLost as error:
+                if not isinstance(error, PayloadLost):
+                    self._failed[index] = time.monotonic()
+                raise
+            finally:
+                self._load[index] -= 1
+                self._queued[index] -= rollouts
+
+    def _choose(self) -> int:
+        self._turn += 1
+        count, now = len(self.handles), time.monotonic()
+        return min(
+            range(count), key=lambda i: (now - self._failed[i] < REST_S, self._load[i], (i - self._turn) % count)
+        )

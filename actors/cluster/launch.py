@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import ray
 
 from actors.cluster.adapters import RayFleet, RayLedger, RayVerifiers, answer
 from actors.cluster.placement import Placement, live_nodes
+from actors.cluster.usage import CpuMeter
 from actors.generator import GeneratorActor
 from actors.learner import LearnerGroup
 from actors.ledger import LedgerActor
@@ -58,6 +59,8 @@ class RunSummary:
     seed: int = 0
     interrupted_at: int | None = None  # the step before which SIGINT or SIGTERM ended the run
     steps: int = 0
+    cpu_seconds: dict[str, float] = field(default_factory=dict)  # by role, of training
+    verifier_faults: dict[str, int] = field(default_factory=dict)  # verdicts that were faults, by reason
 
     def as_json(self) -> dict[str, Any]:
         first, last = (self.evaluations[0][1], self.evaluations[-1][1]) if self.evaluations else ({}, {})
@@ -83,6 +86,8 @@ class RunSummary:
             "in_flight": self.accounting.in_flight,
             "seconds_start": round(self.seconds_start, 1),
             "seconds_training": round(self.seconds_training, 1),
+            "cpu_seconds": {role: round(seconds, 1) for role, seconds in self.cpu_seconds.items()},
+            "verifier_faults": self.verifier_faults,
             "seed": self.seed,
             "interrupted_at": self.interrupted_at,
             "exported_model": str(self.exported) if self.exported else None,
@@ -166,6 +171,9 @@ class Run:
         self.actors: list[Any] = []
         self.learner: LearnerGroup | None = None
         self.backend = self._backend()
+        tables = {"train": inputs.train} | ({"eval": inputs.eval} if inputs.eval is not None else {})
+        self.prompts = ray.put(tables)  # generators and verifiers look leases up in them
+        self.golds = ray.put({name: replace(table, tokenizer=None) for name, table in tables.items()})
         self.store = CheckpointStore(inputs.run_dir, config.checkpoint.keep)
         for note in inputs.notes:
             self.log.note(note)
@@ -180,7 +188,6 @@ class Run:
             self.log.note(f"resuming from {self.inputs.resume} at version {version}")
         driver = Driver(
             self.config,
-            self.inputs.train,
             ports,
             self.log,
             version=version,
@@ -188,11 +195,13 @@ class Run:
             save_checkpoint=lambda v: self._save(v, ports, evaluator),
         )
         started = time.monotonic()
+        await self.cpu.read()  # what came before is the start
         self.log.note(f"all actors are up after {started - began:.0f} s; run folder {self.inputs.run_dir}")
         for number in (signal.SIGINT, signal.SIGTERM):
             with suppress(NotImplementedError, RuntimeError, ValueError):
                 asyncio.get_running_loop().add_signal_handler(number, driver.stop)
         accounting = await driver.run()
+        await self.cpu.read()
         summary = RunSummary(
             accounting=accounting,
             evaluations=evaluator.history,
@@ -202,6 +211,8 @@ class Run:
             seed=self.config.trainer.seed,
             interrupted_at=driver.interrupted_at,
             steps=self.config.trainer.steps,
+            cpu_seconds=dict(self.cpu.totals),
+            verifier_faults=driver.fault_reasons,
         )
         if self.config.checkpoint.export_final:
             target = self.inputs.run_dir / "model"
@@ -229,11 +240,20 @@ class Run:
             fleet.launch(config.rollout.num_generators),
         )
         ledger = self._ledger()
+        self.cpu = CpuMeter(
+            lambda: {
+                "ledger": [ledger],
+                "generator": [g.handle for g in fleet.members.values()],
+                "verifier": verifiers,
+                "learner": learner.ranks,
+            }
+        )
         return Ports(
             ledger=RayLedger(ledger),
             fleet=fleet,
-            verifier=RayVerifiers(verifiers, config.rollout.timeout_s),
+            verifier=RayVerifiers(verifiers, config),
             learner=learner,
+            usage=self.cpu.take,
         )
 
     def _backend(self) -> str:
@@ -266,14 +286,14 @@ class Run:
     def _generator(self, index: int) -> Any:
         options = self.placement.options("generator", index)
         actor = ray.remote(GeneratorActor).options(max_concurrency=1000, **options)
-        handle = actor.remote(f"generator-{index}", self.config, self.config.model.path)
+        handle = actor.remote(f"generator-{index}", self.config, self.config.model.path, self.prompts)
         self.actors.append(handle)
         return handle
 
     def _verifier(self, index: int) -> Any:
         options = self.placement.options("verifier", index)
-        actor = ray.remote(VerifierActor).options(max_restarts=-1, max_task_retries=3, max_concurrency=64, **options)
-        handle = actor.remote(self.config)
+        actor = ray.remote(VerifierActor).options(max_restarts=-1, max_task_retries=0, max_concurrency=64, **options)
+        handle = actor.remote(self.config, self.golds)
         self.actors.append(handle)
         return handle
 

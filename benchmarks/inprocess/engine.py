@@ -14,38 +14,39 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.inprocess.accuracy import ExactAccuracy, RowCache
 from benchmarks.inprocess.controls import permuted
 from benchmarks.inprocess.costs import Costs
 from benchmarks.inprocess.drift import DriftMeter
 from benchmarks.inprocess.judges import JUDGES, LocalVerifier
 from benchmarks.inprocess.local_learner import LocalLearner
 from benchmarks.inprocess.oracle_sigma import MeasuredMoments, install
-from benchmarks.inprocess.sampler import Sampler
+from benchmarks.inprocess.sampler import Request, Sampled, Sampler
 from cures_ray.config import Config
 from cures_ray.curriculum.machine import Curriculum
 from cures_ray.data.table import curriculum_columns
+from cures_ray.loop.chunks import pack, picked
 from cures_ray.loop.driver import Driver, Ports
 from cures_ray.loop.evaluate import Evaluator
-from cures_ray.loop.ports import GeneratorPort, VerifierPort
+from cures_ray.loop.ports import GeneratorPort
 from cures_ray.messages import (
     Accounting,
     BatchPlan,
+    ChunkSummary,
     CommitReport,
     Discard,
-    GenerationRequest,
-    GroupSummary,
-    Lease,
+    Key,
+    LeaseChunk,
     LedgerStatus,
-    PromptRow,
     Rollout,
-    RolloutGroup,
+    RolloutChunk,
     RunError,
     Settlement,
     SettleReply,
@@ -53,21 +54,6 @@ from cures_ray.messages import (
     WeightUpdate,
 )
 from cures_ray.run.preflight import Inputs
-from cures_ray.synthetic.tasks import TASKS
-
-
-class RowCache:
-    """A prompt source whose rows are made once: tokenizing again at every lease would be most of the time."""
-
-    def __init__(self, table: Any) -> None:
-        self.rows = [table.row(i) for i in range(len(table))]
-        self.levels, self.ids = table.levels, table.ids
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def row(self, index: int) -> PromptRow:
-        return self.rows[index]
 
 
 class LocalLedger:
@@ -82,20 +68,20 @@ class LocalLedger:
         self.curriculum, self.costs, self.before_plan, self.drift = curriculum, costs, before_plan, drift
         self.plans: list[dict[str, float]] = []
 
-    async def lease(self, worker: str, max_rollouts: int, version: int) -> list[Lease]:
+    async def lease(self, worker: str, max_rollouts: int, version: int) -> LeaseChunk:
         if self.before_plan is not None:
             self.before_plan(self.curriculum, version)
         with self.costs.timed("curriculum"):
             leases = self.curriculum.lease(worker, max_rollouts, version)
         if self.drift is not None:
             self.drift.measure(self.curriculum, leases)
-        return leases
+        return LeaseChunk.of(leases)
 
     async def settle(self, settlement: Settlement) -> SettleReply:
         with self.costs.timed("curriculum"):
             return self.curriculum.settle(settlement)
 
-    async def give_back(self, keys: list[tuple[int, int]], reason: Discard) -> None:
+    async def give_back(self, keys: list[Key], reason: Discard) -> None:
         self.curriculum.give_back(keys, reason)
 
     async def plan(self, batch: int) -> BatchPlan | None:
@@ -139,84 +125,113 @@ def _shape(plan: BatchPlan) -> dict[str, float]:
 
 
 class LocalGenerator:
-    """GeneratorPort that samples everything that waits in one batch."""
+    """GeneratorPort that samples everything that waits in one batch. ``prompts``: the tables by name."""
 
-    def __init__(self, sampler: Sampler, costs: Costs, max_batch: int, drift: DriftMeter | None = None) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        costs: Costs,
+        prompts: Mapping[str, RowCache],
+        max_batch: int,
+        drift: DriftMeter | None = None,
+    ) -> None:
         self.name, self.version, self.max_batch = "inprocess", -1, max_batch
-        self.sampler, self.costs, self.drift = sampler, costs, drift
-        self._queue: list[tuple[GenerationRequest, asyncio.Future[list[Any]]]] = []
+        self.sampler, self.costs, self.prompts, self.drift = sampler, costs, prompts, drift
+        self._queue: list[tuple[LeaseChunk, int, asyncio.Future[list[Sampled]]]] = []  # lease i of a chunk
+        self._done: list[tuple[LeaseChunk, int, list[Sampled], float]] = []  # with the seconds that it took
+        self._finished = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None
+        self._waiting: set[asyncio.Task[None]] = set()
 
-    async def generate(self, request: GenerationRequest) -> tuple[GroupSummary, RolloutGroup]:
+    async def submit(self, leases: LeaseChunk) -> None:
         began = time.monotonic()
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self._queue.append((request, future))
+        for i, future in enumerate(self._enqueue(leases)):
+            task = asyncio.create_task(self._finish(leases, i, future, began))
+            self._waiting.add(task)
+            task.add_done_callback(self._waiting.discard)
+
+    async def _finish(self, leases: LeaseChunk, i: int, future: asyncio.Future[list[Sampled]], began: float) -> None:
+        self._done.append((leases, i, await future, time.monotonic() - began))
+        self._finished.set()
+
+    async def collect(self) -> tuple[ChunkSummary, RolloutChunk]:
+        await self._finished.wait()
+        await asyncio.sleep(0)  # what was sampled in the same batch
+        done, self._done = self._done, []
+        self._finished.clear()
+        return self._package(picked([d[:2] for d in done]), [sampled for *_, sampled, _ in done], [d[3] for d in done])
+
+    async def generate(self, leases: LeaseChunk) -> tuple[ChunkSummary, RolloutChunk]:
+        began = time.monotonic()
+        sampled = await asyncio.gather(*self._enqueue(leases))
+        return self._package(leases, sampled, [time.monotonic() - began] * len(leases))
+
+    def _enqueue(self, leases: LeaseChunk) -> list[asyncio.Future[list[Sampled]]]:
+        futures: list[asyncio.Future[list[Sampled]]] = [asyncio.get_running_loop().create_future() for _ in leases.n]
+        self._queue += [(leases, i, future) for i, future in enumerate(futures)]
         if self._pump is None or self._pump.done():
             self._pump = asyncio.create_task(self._run())
-        rollouts = await future
-        return self._package(request, rollouts, time.monotonic() - began)
+        return futures
 
     async def _run(self) -> None:
-        """Let every task that is ready add its request, then sample; repeat until nothing waits."""
+        """Let every task that is ready add its leases, then sample; repeat until nothing waits."""
         while self._queue:
             waiting = -1
             while waiting != len(self._queue):
                 waiting = len(self._queue)
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
-            training = self._queue[0][0].lease_id >= 0  # evaluation is sampled and charged apart
+            source = self._queue[0][0].source  # evaluation is sampled and charged apart
             batch, n = [], 0
-            for item in [x for x in self._queue if (x[0].lease_id >= 0) == training]:
-                if n and n + item[0].n > self.max_batch:
+            for item in [item for item in self._queue if item[0].source == source]:
+                if n and n + item[0].n[item[1]] > self.max_batch:
                     break
                 batch.append(item)
-                n += item[0].n
+                n += int(item[0].n[item[1]])
                 self._queue.remove(item)
-            try:
-                with self.costs.timed("generation" if training else "evaluation"):
-                    results = self.sampler.sample([request for request, _ in batch])
-            except Exception as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                raise
-            for (request, future), rollouts in zip(batch, results, strict=True):
-                if training:
-                    length = sum(len(r[0]) for r in rollouts)
-                    self.costs.generated(self.sampler.parameters, len(request.prompt.token_ids), length)
-                    if self.drift is not None:
-                        self.drift.record(request.lease_id, rollouts)
-                if not future.done():
-                    future.set_result(rollouts)
+            self._sample(batch, training=source == "train")
             await asyncio.sleep(0)
+
+    def _sample(self, batch: list[tuple[LeaseChunk, int, asyncio.Future[list[Sampled]]]], *, training: bool) -> None:
+        requests = [
+            Request(
+                self.prompts[leases.source].row(int(leases.prompt_index[i])).token_ids,
+                int(leases.n[i]),
+                int(leases.seed[i]),
+                leases.greedy,
+            )
+            for leases, i, _ in batch
+        ]
+        try:
+            with self.costs.timed("generation" if training else "evaluation"):
+                results = self.sampler.sample(requests)
+        except Exception as error:
+            for *_, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+            raise
+        for request, (leases, i, future), rollouts in zip(requests, batch, results, strict=True):
+            if training:
+                length = sum(len(r[0]) for r in rollouts)
+                self.costs.generated(self.sampler.parameters, len(request.prompt), length)
+                if self.drift is not None:
+                    self.drift.record(int(leases.lease_id[i]), rollouts)
+            if not future.done():
+                future.set_result(rollouts)
 
     async def drain(self) -> None:
         """Return when nothing waits or is sampled: what the real system generates while the learner trains."""
         quiet = 0
         while quiet < 50:  # a lease takes a few turns of the loop to become a request
             await asyncio.sleep(0)
-            busy = self._queue or (self._pump is not None and not self._pump.done())
+            busy = self._queue or self._done or (self._pump is not None and not self._pump.done())
             quiet = 0 if busy else quiet + 1
 
     def _package(
-        self, request: GenerationRequest, rollouts: list[Any], seconds: float
-    ) -> tuple[GroupSummary, RolloutGroup]:
-        key = {"lease_id": request.lease_id, "attempt": request.attempt}
-        versions = np.full(request.n, self.version, np.int32)
-        summary = GroupSummary(
-            **key,
-            prompt_tokens=len(request.prompt.token_ids),
-            completion_tokens=np.array([len(ids) for ids, *_ in rollouts], np.int32),
-            truncated=np.array([not stopped for _, _, stopped, _ in rollouts], bool),
-            min_version=versions,
-            max_version=versions,
-            generator=self.name,
-            seconds=seconds,
-        )
-        group = RolloutGroup(
-            **key,
-            prompt_token_ids=request.prompt.token_ids,
-            rollouts=tuple(
+        self, leases: LeaseChunk, sampled: list[list[Sampled]], seconds: list[float]
+    ) -> tuple[ChunkSummary, RolloutChunk]:
+        rollouts = [
+            [
                 Rollout(
                     token_ids=ids,
                     logprobs=logprobs,
@@ -225,10 +240,12 @@ class LocalGenerator:
                     max_version=self.version,
                     text=text,
                 )
-                for ids, logprobs, stopped, text in rollouts
-            ),
-        )
-        return summary, group
+                for ids, logprobs, stopped, text in group
+            ]
+            for group in sampled
+        ]
+        prompts = [row.token_ids for row in self.prompts[leases.source].rows(leases.prompt_index)]
+        return pack(leases, prompts, rollouts, self.name, seconds)
 
     async def update_weights(self, update: WeightUpdate) -> SyncReport:
         with self.costs.timed("weight_sync"):
@@ -268,30 +285,16 @@ class Recorder:
         self.notes.append(text)
 
 
-class ExactAccuracy:
-    """The exact accuracy of a task: the probability of the one right completion up to what closes its box or function,
-    without sampling noise. What follows it is not judged, so a policy that no longer stops is as accurate."""
-
-    def __init__(self, sampler: Sampler, rows: RowCache, task: str) -> None:
-        self.sampler = sampler
-        self.prompts = [row.token_ids for row in rows.rows]
-        texts = [TASKS[task].gold(row.text, row.answer) for row in rows.rows]
-        answers = sampler.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        self.answers = [np.array(ids, np.int32) for ids in answers]
-
-    def __call__(self) -> np.ndarray:
-        """float64 [prompts], under the sampler's current weights."""
-        return self.sampler.probability(self.prompts, self.answers)
-
-
 class LocalEvaluator:
     """The library's evaluator, its seconds kept apart, and the exact accuracy if wanted."""
 
     def __init__(self, evaluator: Evaluator, exact: ExactAccuracy | None, costs: Costs) -> None:
         self.evaluator, self.exact, self.costs = evaluator, exact, costs
 
-    async def __call__(self, version: int, generators: Callable[[], list[GeneratorPort]]) -> dict[str, float]:
-        metrics = await self.evaluator(version, generators)
+    async def __call__(
+        self, version: int, generators: Callable[[], list[GeneratorPort]], progress: Callable[[str], None]
+    ) -> dict[str, float]:
+        metrics = await self.evaluator(version, generators, progress)
         if self.exact is not None:
             with self.costs.timed("evaluation"):
                 metrics["eval/expected_accuracy"] = float(self.exact().mean())
@@ -321,7 +324,6 @@ def run_in_process(
     oracle: Callable[[Curriculum, np.ndarray], None] | None = None,
     measure_sigma: bool = False,
     permute: bool = False,
-    verifier: VerifierPort | None = None,
 ) -> LocalRun:
     """Train ``config`` to its end.
 
@@ -333,31 +335,31 @@ def run_in_process(
             changed, free of charge (control).
         measure_sigma: allocations get score moments of many fresh rollouts (control).
         permute: the curriculum sees every prompt with the level and the features of another one (control).
-        verifier: instead of the task's judge.
     """
     costs = Costs()
     rollout = config.rollout
     learner = LocalLearner(config, costs)
     sampler = Sampler(learner.policy.lm, inputs.tokenizer, rollout.temperature, rollout.max_new_tokens)
     train = RowCache(inputs.train)
-    drift = DriftMeter(sampler, train.rows, costs) if config.curriculum.method == "spo" else None
-    generator = LocalGenerator(sampler, costs, config.rollout.max_concurrent_rollouts, drift)
+    tables = {"train": train} | ({"eval": RowCache(inputs.eval)} if inputs.eval is not None else {})
+    drift = DriftMeter(sampler, train.all, costs) if config.curriculum.method == "spo" else None
+    generator = LocalGenerator(sampler, costs, tables, config.rollout.max_concurrent_rollouts, drift)
     learner.before_training = generator.drain
     curriculum = make_curriculum(config, inputs, permute)
     if measure_sigma:
-        install(curriculum, MeasuredMoments(learner, sampler, JUDGES[task], train.rows))
+        install(curriculum, MeasuredMoments(learner, sampler, JUDGES[task], train.all))
     before_plan = _oracle(oracle, ExactAccuracy(sampler, train, task), costs) if oracle is not None else None
     ledger = LocalLedger(curriculum, costs, before_plan, drift)
-    verifier = verifier or LocalVerifier(JUDGES[task], config.trainer.seed, coin)
+    verifier = LocalVerifier(JUDGES[task], tables, config.trainer.seed, coin)
     ports = Ports(ledger=ledger, fleet=LocalFleet(generator), verifier=verifier, learner=learner)
     evaluator = None
     if inputs.eval is not None:
-        held_out = RowCache(inputs.eval)
+        held_out = tables["eval"]
         expected = ExactAccuracy(sampler, held_out, task) if exact else None
         plain = Evaluator(held_out, verifier, config.eval.samples_per_prompt, config.trainer.seed)
         evaluator = LocalEvaluator(plain, expected, costs)
     recorder = Recorder()
-    driver = Driver(config, train, ports, recorder, evaluate=evaluator)
+    driver = Driver(config, ports, recorder, evaluate=evaluator)
     accounting = asyncio.run(driver.run())
     return LocalRun(
         accounting=accounting,

@@ -9,14 +9,15 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from cures_ray.boxes import last_box
-from cures_ray.messages import Outcome, PromptRow, RolloutGroup, RunError, Verdict
+from cures_ray.loop.ports import PromptSource
+from cures_ray.messages import Outcome, PromptRow, RolloutChunk, RunError, Verdict, VerdictChunk
 
 Judge = Callable[[str, PromptRow], float]  # (completion, prompt) -> reward
 
@@ -116,15 +117,23 @@ def _number(node: ast.expr, x: int, depth: int) -> int:
 class LocalVerifier:
     """VerifierPort over a ``Judge``.
 
-    ``coin``: the random-reward control. Rollouts of leases are rewarded with that probability whatever they say;
-    evaluation stays honest.
+    ``prompts``: the tables by name ("train", "eval"). ``coin``: the random-reward control. Rollouts of leases are
+    rewarded with that probability whatever they say; evaluation stays honest.
     """
 
-    def __init__(self, judge: Judge, seed: int = 0, coin: float | None = None) -> None:
-        self.judge, self.seed, self.coin = judge, seed, coin
+    def __init__(
+        self, judge: Judge, prompts: Mapping[str, PromptSource], seed: int = 0, coin: float | None = None
+    ) -> None:
+        self.judge, self.prompts, self.seed, self.coin = judge, prompts, seed, coin
 
-    async def verify(self, payload: RolloutGroup, prompt: PromptRow) -> list[Verdict]:
-        if self.coin is not None and payload.lease_id >= 0:
-            rng = np.random.default_rng([self.seed, payload.lease_id, payload.attempt])
-            return [RIGHT if u < self.coin else WRONG for u in rng.random(len(payload.rollouts))]
-        return [RIGHT if self.judge(r.text, prompt) > 0.5 else WRONG for r in payload.rollouts]
+    async def verify(self, payload: RolloutChunk, rollouts: int) -> VerdictChunk:
+        rows, texts = self.prompts[payload.source].rows(payload.prompt_index, tokenize=False), iter(payload.texts)
+        verdicts = []
+        for key, row, n in zip(payload.summary.keys, rows, payload.summary.n.tolist(), strict=True):
+            answers = [next(texts) for _ in range(n)]
+            if self.coin is not None and key[0] >= 0:
+                right = np.random.default_rng([self.seed, *key]).random(n) < self.coin
+            else:
+                right = np.array([self.judge(text, row) > 0.5 for text in answers])
+            verdicts += [RIGHT if ok else WRONG for ok in right]
+        return VerdictChunk.of(verdicts)

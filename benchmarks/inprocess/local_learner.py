@@ -62,7 +62,8 @@ class LocalLearner:
 
     async def publish(self, version: int) -> WeightUpdate:
         """The weights stay where they are: nothing trains between this and the generator's copy."""
-        return WeightUpdate(version=version, info={"module": self.policy.lm}, canary_token_ids=(), canary_logprobs=())
+        info = {"module": self.policy.lm}
+        return WeightUpdate(version=version, info=info, canary_token_ids=(), canary_logprobs=(), together=True)
 
     async def save(self, folder: Path) -> None:
         return None

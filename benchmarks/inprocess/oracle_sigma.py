@@ -12,12 +12,12 @@ import torch
 
 from benchmarks.inprocess.judges import Judge
 from benchmarks.inprocess.local_learner import LocalLearner
-from benchmarks.inprocess.sampler import Sampler
+from benchmarks.inprocess.sampler import Request, Sampler
 from cures_ray.curriculum.belief import BeliefTable, ScoreMoments, moments_from
 from cures_ray.curriculum.machine import Curriculum
 from cures_ray.learning.gradient_norms import LastLayerStatistics
 from cures_ray.learning.packing import Row, collate
-from cures_ray.messages import GenerationRequest, PromptRow
+from cures_ray.messages import PromptRow
 
 SAMPLES = 64  # rollouts per prompt and plan
 ROWS_PER_PASS = 512  # rollouts in one forward pass
@@ -60,10 +60,7 @@ class MeasuredMoments:
     def _sample(self, index: np.ndarray) -> list[Row]:
         """SAMPLES rows a prompt; the place in ``index`` is the lease id."""
         prompts = [self.rows[int(i)] for i in index]
-        requests = [
-            GenerationRequest(prompt=p, n=SAMPLES, seed=(self.calls << 20) + k, lease_id=k)
-            for k, p in enumerate(prompts)
-        ]
+        requests = [Request(p.token_ids, SAMPLES, (self.calls << 20) + k) for k, p in enumerate(prompts)]
         return [
             Row(
                 lease_id=k,

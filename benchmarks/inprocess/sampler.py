@@ -9,14 +9,22 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from cures_ray.messages import GenerationRequest
-
 Sampled = tuple[np.ndarray, np.ndarray, bool, str]  # ids int32 [L], log-probabilities float32 [L], stopped, text
+
+
+class Request(NamedTuple):
+    """``n`` completions of one prompt."""
+
+    prompt: np.ndarray  # int32 [P]
+    n: int
+    seed: int
+    greedy: bool = False
+
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -37,10 +45,10 @@ class Sampler:
             own.copy_(new)
 
     @torch.inference_mode()
-    def sample(self, requests: list[GenerationRequest]) -> list[list[Sampled]]:
+    def sample(self, requests: list[Request]) -> list[list[Sampled]]:
         """One list a request, one ``Sampled`` a rollout. The stop token is part of the ids."""
         counts = [r.n for r in requests]
-        prompts = [r.prompt.token_ids for r in requests for _ in range(r.n)]
+        prompts = [r.prompt for r in requests for _ in range(r.n)]
         greedy = np.repeat([r.greedy for r in requests], counts)
         streams = np.concatenate([_streams(r.seed, r.n) for r in requests])
         ids, logprobs = self._decode(prompts, streams, torch.as_tensor(greedy))

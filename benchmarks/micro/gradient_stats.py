@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from cures_ray.config import Config, RayConfig
-from cures_ray.messages import Rollout, RolloutGroup, TrainingBatch, TrainingGroup
+from cures_ray.loop.chunks import pack
+from cures_ray.messages import LeaseChunk, Rollout, TrainingBatch, TrainingGroup
 
 MAX_TOKENS = 4096  # of a micro-batch
 BAR = 0.05  # of a learner step, on a model of 5 M parameters
@@ -51,6 +52,11 @@ def write_model(folder: Path, vocabulary: int, width: int, layers: int) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def lease(lease_id: int, n: int) -> LeaseChunk:
+    one = np.ones(1, np.int64)
+    return LeaseChunk(lease_id=lease_id * one, attempt=0 * one, prompt_index=0 * one, n=n * one, seed=0 * one)
+
+
 def make_batch(step: int, vocabulary: int, rollouts: int, each: int = 8, tokens: int = 50) -> TrainingBatch:
     """``rollouts`` completions of about ``tokens`` tokens after prompts of 20, in groups of ``each``."""
     rng = np.random.default_rng(step)
@@ -69,10 +75,12 @@ def make_batch(step: int, vocabulary: int, rollouts: int, each: int = 8, tokens:
             for n in lengths
         )
         prompt = rng.integers(0, vocabulary, 20).astype(np.int32)
+        _, payload = pack(lease(lease_id, each), [prompt], [members], "benchmark", [0.0])
         groups.append(
             TrainingGroup(
                 lease_id=lease_id,
-                payload=RolloutGroup(lease_id=lease_id, attempt=0, prompt_token_ids=prompt, rollouts=members),
+                payload=payload,
+                place=0,
                 rollout_index=np.arange(each, dtype=np.int32),
                 rewards=(rng.random(each) < 0.5).astype(np.float32),
                 advantages=rng.normal(size=each).astype(np.float32),

@@ -2,7 +2,7 @@
 
 Each client is a coroutine of one process that leases the next prompt and settles it, as the driver's slots do; the one
 that is told of a finished batch commits it, and the next version follows. Windows of this alternate with windows in
-which the same clients call a method that does nothing (``ping``): what Ray itself allows on the machine.
+which the same clients call a method that does nothing (``process``): what Ray itself allows on the machine.
 """
 
 from __future__ import annotations
@@ -50,28 +50,29 @@ class Clients:
             began = time.perf_counter()
             leases = await ledger.lease(f"client-{client}", 1, self.version)
             self.lease_s.append(time.perf_counter() - began)
-            if not leases:
+            if not len(leases):
                 await asyncio.sleep(0.005)
-            for lease in leases:
-                done = settlement(lease, self.rng, 0.5)
-                began = time.perf_counter()
-                reply = await ledger.settle(done)
-                self.settle_s.append(time.perf_counter() - began)
-                self.leases += reply.accepted
-                self.rollouts += lease.n
-                if reply.ready_batch is not None:
-                    await self._commit(ledger, reply.ready_batch)
+                continue
+            done = settlement(leases, self.rng, np.full(len(leases), 0.5))
+            began = time.perf_counter()
+            reply = await ledger.settle(done)
+            self.settle_s.append(time.perf_counter() - began)
+            self.leases += int(reply.accepted.sum())
+            self.rollouts += int(leases.n.sum())
+            for batch in reply.ready:
+                await self._commit(ledger, batch)
 
     async def _commit(self, ledger: RayLedger, batch: int) -> None:
         plan = await ledger.plan(batch)
-        assert plan is not None
+        if plan is None:  # another client committed it
+            return
         trained = {e.lease.lease_id: int(e.keep.sum()) for e in plan.entries}
         await ledger.commit(CommitReport(batch=batch, trained=trained, discarded={}))
         self.version = max(self.version, batch + 1)
 
     async def idle(self, client: int, until: float) -> None:
         while time.perf_counter() < until:
-            await self.ledgers[client]._call("ping")
+            await self.ledgers[client]._retried(self.ledgers[client].handle.process)
             self.pings += 1
 
 
@@ -104,7 +105,7 @@ def measure_actor(sizes: list[int], repeats: int, seconds: float) -> list[Row]:
                 actor: Any = ray.remote(LedgerActor).options(num_cpus=0)
                 write_prompts(Path(folder), np.arange(size, dtype=np.uint64))
                 handle = actor.remote(folder, config("steered"), uuid.uuid4().hex)
-                ray.get(handle.ping.remote())
+                ray.get(handle.process.remote())
                 rows += asyncio.run(_measure(handle, size, repeats, seconds))
                 ray.kill(handle)
     return rows

@@ -17,7 +17,7 @@ from cures_ray.curriculum.belief import BeliefTable
 from cures_ray.curriculum.methods import allocate
 from cures_ray.curriculum.pool import PromptPool, rng_for
 from cures_ray.curriculum.sampling import TAU_MAX, TAU_MIN
-from cures_ray.messages import Lease, Settlement
+from cures_ray.messages import LeaseChunk, Settlement
 
 M, N = 1024, 8192  # draws and rollouts a step
 CLIENTS = 64  # of the actor
@@ -184,14 +184,18 @@ def _check_equal(pooled: Pooled, plain: Plain) -> None:
             raise AssertionError(f"pool and plain NumPy disagree on {name}: {a} and {b}")
 
 
-def settlement(lease: Lease, rng: np.random.Generator, p: float) -> Settlement:
+def settlement(leases: LeaseChunk, rng: np.random.Generator, p: np.ndarray) -> Settlement:
+    """Outcomes of all ``leases``; ``p`` [k]: their true accuracies."""
+    k, r = len(leases), int(leases.n.sum())
     return Settlement(
-        lease_id=lease.lease_id,
-        attempt=lease.attempt,
-        rewards=(rng.random(lease.n) < p).astype(np.float32),
-        fault=np.zeros(lease.n, bool),
-        completion_tokens=rng.integers(100, 2000, lease.n).astype(np.int32),
-        min_version=np.full(lease.n, max(lease.policy_version, 0), np.int32),
-        generate_seconds=float(rng.uniform(1, 20)),
-        verify_seconds=float(rng.uniform(0, 0.1)),
+        lease_id=leases.lease_id,
+        attempt=leases.attempt,
+        n=leases.n,
+        failed=np.zeros(k, bool),
+        generate_seconds=rng.uniform(1, 20, k),
+        verify_seconds=rng.uniform(0, 0.1, k),
+        rewards=(rng.random(r) < np.repeat(p, leases.n)).astype(np.float32),
+        fault=np.zeros(r, bool),
+        completion_tokens=rng.integers(100, 2000, r).astype(np.int32),
+        min_version=np.zeros(r, np.int32),
     )

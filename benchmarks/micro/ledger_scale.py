@@ -7,7 +7,7 @@ Each cycle draws m = 1024 prompts, allocates N = 8192 rollouts and counts the ou
   quantities: tau, ESS, normaliser, draws, rho, allocation, update), with tau fixed and with tau steered to an ESS
   (ledger_cycle.py). Ratios are of CPU seconds, which other load on a shared machine disturbs less than wall seconds;
   those are in the rows.
-- ledger: the same through Ledger, with lease objects, 1024 settlements one by one, plan, commit and journal. These cost
+- ledger: the same through Ledger, with 1024 leases, one settlement of all, plan, commit and journal. These cost
   Python objects, tens of microseconds a lease whatever the number of prompts: reported beside the bars, not under them.
 - snapshot: save, load, and reading the bytes of its files into memory, all with a warm page cache.
 - actor: leases through Ray with 64 concurrent clients (ledger_actor.py).
@@ -47,7 +47,7 @@ from benchmarks.micro.ledger_cycle import (
 )
 from cures_ray.curriculum.machine import Curriculum
 from cures_ray.ledger.ledger import Ledger
-from cures_ray.messages import CommitReport
+from cures_ray.messages import CommitReport, LeaseChunk
 
 # -- ledger --------------------------------------------------------------------------------------------
 
@@ -76,13 +76,14 @@ def measure_ledger(sizes: list[int], repeats: int) -> list[Row]:
 def _ledger_batch(ledger: Ledger, truth: np.ndarray, step: int) -> Row:
     """CPU seconds of each part of one batch."""
     rng, before = np.random.default_rng(step), ledger.journal_bytes
-    leases, lease_s, _ = timed(lambda: ledger.lease("worker", N, step))
-    done = [settlement(lease, rng, float(truth[lease.prompt_index])) for lease in leases]
-    _, settle_s, _ = timed(lambda: [ledger.settle(s) for s in done])
+    leases, lease_s, _ = timed(lambda: LeaseChunk.of(ledger.lease("worker", N, step)))
+    done = settlement(leases, rng, truth[leases.prompt_index])
+    _, settle_s, _ = timed(lambda: ledger.settle(done))
     _, plan_s, _ = timed(lambda: ledger.plan(step))
-    report = CommitReport(batch=step, trained={lease.lease_id: lease.n for lease in leases}, discarded={})
+    trained = dict(zip(leases.lease_id.tolist(), leases.n.tolist(), strict=True))
+    report = CommitReport(batch=step, trained=trained, discarded={})
     _, commit_s, _ = timed(lambda: ledger.commit(report))
-    rollouts = sum(lease.n for lease in leases)
+    rollouts = int(leases.n.sum())
     parts = {"lease_s": lease_s, "settle_s": settle_s, "plan_s": plan_s, "commit_s": commit_s}
     total = {"cpu_s": sum(parts.values()), "leases": len(leases), "rollouts": rollouts}
     return parts | total | {"journal_bytes_per_rollout": (ledger.journal_bytes - before) / rollouts}

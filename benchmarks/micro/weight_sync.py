@@ -27,11 +27,19 @@ from actors.weights.shm import shm_folder
 from actors.weights.stream import Source
 from benchmarks.harness.results_file import spread, write_result
 from cures_ray.config import Config, RayConfig
-from cures_ray.messages import GenerationRequest, PromptRow, SyncReport, WeightUpdate
+from cures_ray.messages import LeaseChunk, PromptRow, SyncReport, WeightUpdate
 from cures_ray.synthetic.base_model import BaseModelSpec, build_model, build_tokenizer
 
 SIZES = {"2M": BaseModelSpec(hidden=256, layers=2, heads=8), "30M": BaseModelSpec(hidden=576, layers=7, heads=9)}
 LEASES, ROLLOUTS, NEW_TOKENS, CANARY_PROMPTS = 32, 8, 64, 4
+
+
+class RandomPrompts:
+    """A prompt table of 32 random tokens a row."""
+
+    def rows(self, index: np.ndarray, *, tokenize: bool = True) -> list[PromptRow]:
+        tokens = [np.random.default_rng(i).integers(10, 400, 32).astype(np.int32) for i in index.tolist()]
+        return [PromptRow(prompt_id="0" * 16, text="", token_ids=ids, answer="") for ids in tokens]
 
 
 class Bench:
@@ -53,20 +61,22 @@ class Bench:
         self.shm, self.version = shm_folder(folder), 0
         self.rng = np.random.default_rng(0)
         actor: Any = ray.remote(GeneratorActor).options(num_cpus=1, max_concurrency=1000)
-        self.generator = actor.remote("generator-0", config, str(folder))
+        self.generator = actor.remote("generator-0", config, str(folder), {"train": RandomPrompts()})
         self.start_seconds = ray.get(self.generator.start.remote())
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def prompt(self) -> np.ndarray:
         return self.rng.integers(10, 400, 32).astype(np.int32)
 
-    def submit(self) -> list[Any]:
-        refs = []
-        for seed in range(LEASES):
-            row = PromptRow(prompt_id="0" * 16, text="", token_ids=self.prompt(), answer="")
-            request = GenerationRequest(prompt=row, n=ROLLOUTS, seed=seed)
-            refs.append(self.generator.generate.options(num_returns=2).remote(request)[0])
-        return refs
+    def submit(self) -> Any:
+        leases = LeaseChunk(
+            lease_id=np.arange(LEASES),
+            attempt=np.zeros(LEASES, np.int32),
+            prompt_index=np.arange(LEASES),
+            n=np.full(LEASES, ROLLOUTS),
+            seed=np.arange(LEASES),
+        )
+        return self.generator.generate.options(num_returns=2).remote(leases)[0]
 
     def step(self, sync: bool) -> tuple[float, int, float, SyncReport | None]:
         """Seconds and tokens of one batch; with ``sync``, the seconds to publish and the generator's report."""
@@ -76,7 +86,7 @@ class Bench:
         sequences = tuple(self.prompt() for _ in range(CANARY_PROMPTS))
         logprobs = tuple(self.logprobs(ids) for ids in sequences)
         began = time.perf_counter()
-        refs = self.submit()
+        pending = self.submit()
         publish, report = 0.0, None
         if sync:
             self.version += 1
@@ -90,7 +100,7 @@ class Bench:
                 canary_logprobs=logprobs,
             )
             report = ray.get(self.generator.update_weights.remote(update))
-        tokens = sum(int(s.completion_tokens.sum()) for s in ray.get(refs))
+        tokens = int(ray.get(pending).completion_tokens.sum())
         return time.perf_counter() - began, tokens, publish, report
 
     def logprobs(self, ids: np.ndarray) -> np.ndarray:

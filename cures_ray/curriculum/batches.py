@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cures_ray.messages import CommitReport, Discard, Lease
+from cures_ray.messages import CommitReport, Discard, Lease, Settlement
 
 OPEN, LEASED, SETTLED = "open", "leased", "settled"
 
@@ -23,6 +24,41 @@ class Round:
     draws: np.ndarray | None = None  # int64 [k] multiplicity; None: 1 each
     role: str = "train"  # "train" | "pilot" | "screen"
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+class LeaseOutcome(NamedTuple):
+    """One lease's part of a settlement. n = rollouts."""
+
+    rewards: np.ndarray  # float32 [n], in [0, 1], 0 where not valid
+    valid: np.ndarray  # bool [n]: no fault, and a number
+    lag: np.ndarray  # int64 [n] policy versions behind
+    spent: tuple[int, float, float]  # tokens, seconds of generation, of verification
+    failed: bool
+
+
+def outcomes_by_lease(s: Settlement, version: int) -> Iterator[LeaseOutcome]:
+    """The k leases of ``s``, in order, seen from policy ``version``.
+
+    Raises:
+        ValueError: its columns of rollouts are not as long as its leases say.
+    """
+    ends = np.cumsum(s.n)
+    total = int(ends[-1]) if len(ends) else 0
+    if not len(s.rewards) == len(s.fault) == len(s.min_version) == len(s.completion_tokens) == total:
+        raise ValueError(
+            f"a settlement of {total} rollouts has {len(s.rewards)} rewards, {len(s.fault)} fault flags, "
+            f"{len(s.min_version)} versions and {len(s.completion_tokens)} lengths"
+        )
+    rewards = np.asarray(s.rewards, np.float32)
+    valid = ~np.asarray(s.fault, bool) & np.isfinite(rewards)
+    rewards = np.where(valid, np.clip(rewards, 0.0, 1.0), np.float32(0.0)).astype(np.float32)
+    lag = np.maximum(version - np.asarray(s.min_version, np.int64), 0)
+    summed = np.concatenate([[0], np.cumsum(s.completion_tokens, dtype=np.int64)])
+    starts = ends - s.n
+    tokens = (summed[ends] - summed[starts]).tolist()
+    spent = zip(tokens, s.generate_seconds.tolist(), s.verify_seconds.tolist(), strict=True)
+    for a, b, own, failed in zip(starts.tolist(), ends.tolist(), spent, s.failed.tolist(), strict=True):
+        yield LeaseOutcome(rewards[a:b], valid[a:b], lag[a:b], own, failed)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,6 +82,11 @@ class Held:
         return cls(
             lease=lease, role=role, draws=draws, rewards=np.zeros(lease.n, np.float32), valid=np.zeros(lease.n, bool)
         )
+
+    def settle(self, outcome: LeaseOutcome) -> None:
+        self.state, self.rewards, self.valid = SETTLED, outcome.rewards, outcome.valid
+        self.tokens, self.generate_seconds, self.verify_seconds = outcome.spent
+        self.fault_reason = Discard.GENERATION_FAULT if outcome.failed else Discard.VERIFIER_FAULT
 
     def as_json(self) -> dict[str, Any]:
         lease = {name: getattr(self.lease, name) for name in Lease.__slots__}

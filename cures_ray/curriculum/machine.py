@@ -32,6 +32,7 @@ from cures_ray.curriculum.batches import (
     digest,
     ending,
     lease_seed,
+    outcomes_by_lease,
 )
 from cures_ray.curriculum.methods import METHODS
 from cures_ray.curriculum.pool import PromptPool
@@ -109,7 +110,6 @@ class Curriculum:
             if taken and held.lease.n > room:
                 break
             heapq.heappop(self._queue)
-            held.lease = replace(held.lease, policy_version=version)
             held.state, held.worker = LEASED, worker
             taken.append(held.lease)
             room -= held.lease.n
@@ -161,7 +161,6 @@ class Curriculum:
                 weight=float(planned.weight[i]),
                 alpha=before.alpha if before else float(alpha[i]),
                 beta=before.beta if before else float(beta[i]),
-                policy_version=-1,
                 seed=lease_seed(self.config.trainer.seed, self.next_lease),
             )
             self.next_lease += 1
@@ -182,36 +181,38 @@ class Curriculum:
     # -- settling --------------------------------------------------------------------------------
 
     def settle(self, settlement: Settlement) -> SettleReply:
-        """Count a lease's verified rollouts, once. A repeated or lost attempt changes nothing.
+        """Count the verified rollouts of each lease of the chunk, once. A repeated or lost attempt changes nothing.
 
         Raises:
-            ValueError: the settlement does not have the lease's n rollouts.
+            ValueError: the settlement does not have a lease's n rollouts; nothing was changed.
         """
         began = time.perf_counter()
-        batch, held = self._held.get(settlement.lease_id, (None, None))
-        if batch is None or held is None or held.lease.attempt != settlement.attempt or held.state != LEASED:
-            ready = batch.number if batch is not None and batch.finished else None
-            return SettleReply(accepted=False, ready_batch=ready)
-        n = held.lease.n
-        if len(settlement.rewards) != n or len(settlement.fault) != n or len(settlement.min_version) != n:
-            raise ValueError(
-                f"lease {settlement.lease_id} has {n} rollouts, its settlement {len(settlement.rewards)} rewards, "
-                f"{len(settlement.fault)} fault flags and {len(settlement.min_version)} versions"
-            )
-        rewards = np.asarray(settlement.rewards, np.float32)
-        valid = ~np.asarray(settlement.fault, bool) & np.isfinite(rewards)
-        held.state, held.valid = SETTLED, valid
-        held.rewards = np.where(valid, np.clip(rewards, 0.0, 1.0), np.float32(0.0)).astype(np.float32)
-        held.tokens = int(np.sum(settlement.completion_tokens))
-        held.generate_seconds, held.verify_seconds = settlement.generate_seconds, settlement.verify_seconds
-        held.fault_reason = settlement.fault_reason
-        key = (batch.number, settlement.lease_id, settlement.attempt)
-        lag = np.maximum(self.version - np.asarray(settlement.min_version, np.int64), 0)
-        self.pool.observe(key, held.lease.prompt_index, held.rewards[valid], lag[valid])
-        batch.missing -= 1
-        self._advance(batch)
+        keys = zip(settlement.lease_id.tolist(), settlement.attempt.tolist(), settlement.n.tolist(), strict=True)
+        found = [self._to_settle(*key) for key in keys]
+        accepted, touched = np.zeros(len(found), bool), {}
+        for i, (entry, outcome) in enumerate(zip(found, outcomes_by_lease(settlement, self.version), strict=True)):
+            if entry is None or entry[1].state != LEASED:  # the same lease twice in one chunk: the first counts
+                continue
+            batch, held = entry
+            held.settle(outcome)
+            key = (batch.number, held.lease.lease_id, held.lease.attempt)
+            self.pool.observe(key, held.lease.prompt_index, outcome.rewards[outcome.valid], outcome.lag[outcome.valid])
+            batch.missing -= 1
+            accepted[i] = True
+            touched[batch.number] = batch
+        for batch in touched.values():
+            self._advance(batch)
         self._check(began)
-        return SettleReply(accepted=True, ready_batch=batch.number if batch.finished else None)
+        return SettleReply(accepted=accepted, ready=tuple(k for k, b in sorted(self.batches.items()) if b.finished))
+
+    def _to_settle(self, lease_id: int, attempt: int, n: int) -> tuple[Batch, Held] | None:
+        """The lease, if this attempt of it is handed out and not settled."""
+        batch, held = self._held.get(lease_id, (None, None))
+        if batch is None or held is None or held.lease.attempt != attempt or held.state != LEASED:
+            return None
+        if held.lease.n != n:
+            raise ValueError(f"lease {lease_id} has {held.lease.n} rollouts, its settlement {n}")
+        return batch, held
 
     def give_back(self, keys: list[tuple[int, int]], reason: Discard) -> None:
         """Unsettled or uncommitted leases: their rollouts end as discarded(reason) and they are issued again
@@ -227,7 +228,7 @@ class Curriculum:
             n = held.lease.n
             self.accounting.planned += n
             self._discard(reason, n)
-            again = replace(held.lease, attempt=attempt + 1, policy_version=-1)
+            again = replace(held.lease, attempt=attempt + 1)
             fresh = Held.fresh(again, held.role, held.draws)
             batch.leases[batch.leases.index(held)] = fresh
             self._held[lease_id] = (batch, fresh)

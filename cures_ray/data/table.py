@@ -98,17 +98,32 @@ class PromptTable:
 
     def row(self, index: int) -> PromptRow:
         """Prompt ``index`` with its token ids. Raises IndexError when out of range."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"prompt {index} of {len(self)}")
-        text, answer, row = (self.columns[name][index].as_py() for name in ("text", "answer", "row"))
-        tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return PromptRow(
-            prompt_id=self.prompt_id(index),
-            text=text,
-            token_ids=np.asarray(tokens, dtype=np.int32),
-            answer=answer,
-            row=json.loads(row),
+        return self.rows(np.array([index]))[0]
+
+    def rows(self, index: np.ndarray, *, tokenize: bool = True) -> list[PromptRow]:
+        """Prompts ``index`` [k]; without ``tokenize`` their token ids are empty.
+
+        Raises:
+            IndexError: out of range.
+        """
+        places = np.asarray(index).tolist()
+        if places and not (min(places) >= 0 and max(places) < len(self)):
+            raise IndexError(f"prompts {min(places)} to {max(places)} of {len(self)}")
+        columns = [self.columns[name] for name in ("text", "answer", "row")]
+        texts, answers, rows = ([column[i].as_py() for i in places] for column in columns)
+        tokens = (
+            self.tokenizer(texts, add_special_tokens=False)["input_ids"] if tokenize and texts else [()] * len(texts)
         )
+        return [
+            PromptRow(
+                prompt_id=self.prompt_id(i),
+                text=text,
+                token_ids=np.asarray(ids, dtype=np.int32),
+                answer=answer,
+                row=json.loads(row),
+            )
+            for i, text, ids, answer, row in zip(places, texts, tokens, answers, rows, strict=True)
+        ]
 
     def best_constant(self) -> dict[str, float]:
         """Accuracy of the best answer that ignores the prompt: the share of the most frequent gold, as

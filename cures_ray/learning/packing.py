@@ -14,7 +14,7 @@ import numpy as np
 
 from cures_ray.config import Config
 from cures_ray.learning.thinning import computed, takes_statistics
-from cures_ray.messages import RolloutGroup, TrainingBatch, TrainingGroup
+from cures_ray.messages import RolloutChunk, TrainingBatch, TrainingGroup
 
 
 def pack(tokens: np.ndarray, ranks: int, max_tokens: int, together: np.ndarray | None = None) -> list[list[np.ndarray]]:
@@ -106,14 +106,14 @@ class Row:
     weight: float
 
 
-def make_row(group: TrainingGroup, payload: RolloutGroup, slot: int) -> Row:
-    """Rollout ``slot`` of a training group, with its tokens from the group's payload."""
-    rollout = payload.rollouts[int(group.rollout_index[slot])]
+def make_row(group: TrainingGroup, payload: RolloutChunk, slot: int) -> Row:
+    """Rollout ``slot`` of a training group, with its tokens from the payload of the group's chunk."""
+    completion, logprobs = payload.tokens(int(group.rollout_index[slot]))
     return Row(
         lease_id=group.lease_id,
-        prompt=payload.prompt_token_ids,
-        completion=rollout.token_ids,
-        logprobs=rollout.logprobs,
+        prompt=payload.prompt(group.place),
+        completion=completion,
+        logprobs=logprobs,
         reward=float(group.rewards[slot]),
         advantage=float(group.advantages[slot]),
         weight=float(group.weights[slot]),

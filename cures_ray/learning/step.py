@@ -29,12 +29,12 @@ from cures_ray.learning.losses import LossInputs, mean_metrics, policy_loss, tok
 from cures_ray.learning.packing import MicroBatch, collate, make_row, mini_batches, plan_step
 from cures_ray.learning.policy import ModelSize, learning_rate
 from cures_ray.learning.thinning import computed, moving, takes_statistics
-from cures_ray.messages import RolloutGroup, RunError, StepReport, TrainingBatch, TrainingGroup
+from cures_ray.messages import RolloutChunk, RunError, StepReport, TrainingBatch, TrainingGroup
 
 SUMS = ("loss", "tokens", "clipped", "ratio", "kl", "logprob_diff", "entropy")  # of losses.policy_loss
 MAXIMA = ("max_ratio", "max_logprob_diff")
 
-Fetch = Callable[[list[TrainingGroup]], dict[int, RolloutGroup]]  # payloads by lease id
+Fetch = Callable[[list[TrainingGroup]], dict[int, RolloutChunk]]  # payloads by lease id
 
 
 class Engine(Protocol):

@@ -1,6 +1,6 @@
 """An append-only journal of JSON records that survives being killed at any byte (docs/journal.md).
 
-    cures-ray journal 1 {"session": ..., ...}\n      the header: magic, format, facts of the owner
+    cures-ray journal 2 {"session": ..., ...}\n      the header: magic, format, facts of the owner
     5f3a01bc ["settle", ...]\n                       a record: CRC-32 of the JSON text, a space, the JSON text
 
 A record counts once its newline is written. What follows the last newline is a torn write and is cut off, as is a
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2  # since a record settles a chunk of leases
 MAGIC = b"cures-ray journal "
 
 

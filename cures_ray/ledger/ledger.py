@@ -135,10 +135,9 @@ class Ledger:
         return leases
 
     def settle(self, settlement: Settlement) -> SettleReply:
-        seconds = (round(settlement.generate_seconds, 4), round(settlement.verify_seconds, 4))  # as they are journalled
-        settlement = replace(settlement, generate_seconds=seconds[0], verify_seconds=seconds[1])
+        settlement = rounded(settlement)
         reply = self.curriculum.settle(settlement)
-        if reply.accepted:
+        if reply.accepted.any():
             self._append(encode_settlement(settlement))
         return reply
 
@@ -289,40 +288,54 @@ def apply(curriculum: Curriculum, record: list[Any]) -> Any:
     raise JournalError(f"journal record of unknown kind {kind!r}; was it written by a newer version?")
 
 
+def rounded(s: Settlement) -> Settlement:
+    """``s`` as the journal holds it: seconds to 0.1 ms; a reward that is no number is a fault."""
+    known = np.isfinite(s.rewards)
+    return replace(
+        s,
+        rewards=np.where(known, s.rewards, np.float32(0.0)).astype(np.float32),
+        fault=np.asarray(s.fault, bool) | ~known,
+        generate_seconds=np.round(np.asarray(s.generate_seconds, np.float64), 4),
+        verify_seconds=np.round(np.asarray(s.verify_seconds, np.float64), 4),
+    )
+
+
 def encode_settlement(s: Settlement) -> list[Any]:
-    """["settle", lease, attempt, rewards, faults, tokens, versions, generate s, verify s, reason]; a version list of
-    equal numbers is one number, a fault list without faults is 0."""
-    known = np.isfinite(s.rewards)  # a reward that is no number is a fault
-    fault = np.asarray(s.fault, bool) | ~known
-    rewards = [int(r) if r in (0.0, 1.0) else r for r in np.where(known, s.rewards, 0.0).tolist()]
-    versions = np.asarray(s.min_version).tolist()
-    return [
-        "settle",
-        s.lease_id,
-        s.attempt,
-        rewards,
-        fault.astype(int).tolist() if fault.any() else 0,
-        np.asarray(s.completion_tokens).tolist(),
-        versions[0] if len(set(versions)) == 1 else versions,
-        s.generate_seconds,
-        s.verify_seconds,
-        s.fault_reason.value,
-    ]
+    """["settle", leases, attempts, n, failed, generate s, verify s, rewards, faults, tokens, versions] of a chunk; but
+    for the leases, a column of equal numbers is one number."""
+    of_leases = (s.attempt, s.n, s.failed, s.generate_seconds, s.verify_seconds)
+    of_rollouts = (s.rewards, s.fault, s.completion_tokens, s.min_version)
+    return ["settle", np.asarray(s.lease_id).tolist(), *map(_column, (*of_leases, *of_rollouts))]
+
+
+def _column(values: np.ndarray) -> Any:
+    """A list, or one number where all are equal; whole numbers without a point."""
+    values = np.asarray(values)
+    if values.dtype == bool or not np.any(values % 1):
+        values = values.astype(np.int64)
+    return values[0].item() if len(values) > 1 and np.all(values == values[0]) else values.tolist()
 
 
 def decode_settlement(record: list[Any]) -> Settlement:
-    _, lease_id, attempt, rewards, fault, tokens, versions, generate_s, verify_s, reason = record
-    n = len(rewards)
+    _, leases, attempts, n, failed, generate_s, verify_s, rewards, fault, tokens, versions = record
+
+    def spread(value: Any, size: int, dtype: type) -> np.ndarray:
+        return np.array(value, dtype) if isinstance(value, list) else np.full(size, value, dtype)
+
+    k = len(leases)
+    counts = spread(n, k, np.int32)
+    r = int(counts.sum())
     return Settlement(
-        lease_id=lease_id,
-        attempt=attempt,
-        rewards=np.array(rewards, np.float32),
-        fault=np.array(fault, bool) if fault else np.zeros(n, bool),
-        completion_tokens=np.array(tokens, np.int32),
-        min_version=np.full(n, versions, np.int32) if isinstance(versions, int) else np.array(versions, np.int32),
-        generate_seconds=generate_s,
-        verify_seconds=verify_s,
-        fault_reason=Discard(reason),
+        lease_id=np.array(leases, np.int64),
+        attempt=spread(attempts, k, np.int32),
+        n=counts,
+        failed=spread(failed, k, bool),
+        generate_seconds=spread(generate_s, k, np.float64),
+        verify_seconds=spread(verify_s, k, np.float64),
+        rewards=spread(rewards, r, np.float32),
+        fault=spread(fault, r, bool),
+        completion_tokens=spread(tokens, r, np.int32),
+        min_version=spread(versions, r, np.int32),
     )
 
 

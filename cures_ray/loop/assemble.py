@@ -2,7 +2,7 @@
 
 Each rollout of the plan ends here as *trained* or *discarded(reason)*, in this order:
 
-    payload missing -> LOST; fault -> VERIFIER_FAULT (no payload: GENERATION_FAULT);
+    chunk missing -> LOST; fault -> VERIFIER_FAULT (generation failed: GENERATION_FAULT);
     not kept by the method -> its drop_reason; too old -> STALE; else trained (zero advantage included).
 
 A prompt's rollouts may come from several leases (pilot, screen, continuation): they share one baseline and
@@ -21,19 +21,8 @@ import numpy as np
 from cures_ray.config import Config
 from cures_ray.learning.advantages import compute_advantages, overlong_penalty, token_weights
 from cures_ray.learning.thinning import thin
-from cures_ray.messages import (
-    BatchEntry,
-    BatchPlan,
-    CommitReport,
-    Discard,
-    GroupSummary,
-    PayloadHandle,
-    RunError,
-    TrainingBatch,
-    TrainingGroup,
-)
-
-VerifiedGroup = tuple[GroupSummary, PayloadHandle, np.ndarray]  # fault mask, bool [n]
+from cures_ray.loop.chunks import Place
+from cures_ray.messages import BatchEntry, BatchPlan, CommitReport, Discard, RunError, TrainingBatch, TrainingGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +38,14 @@ class _Leased:
 
 def assemble(
     plan: BatchPlan,
-    groups: dict[int, VerifiedGroup],
+    groups: dict[int, Place],
     config: Config,
     version: int,
     train_cost: float | None = None,
 ) -> tuple[TrainingBatch, CommitReport]:
     """The training batch of ``plan`` and its commit report.
 
-    ``groups``: lease_id -> (summary, payload, fault bool [n]). ``version`` is the policy version before the
+    ``groups``: lease_id -> its place in the chunk that it came in. ``version`` is the policy version before the
     step: a rollout whose oldest token is more than ``max_staleness`` versions behind is discarded as STALE.
     The objective's m is inside Lease.weight, so filtered and zero-variance prompts stay in the denominator.
     ``train_cost``: of a rollout, in units of generating one; when given, advantages are thinned by it and not by
@@ -77,37 +66,38 @@ def assemble(
     return batch, CommitReport(batch=plan.batch, trained=trained, discarded=discarded)
 
 
-def _sort_out(entry: BatchEntry, group: VerifiedGroup | None, oldest: int) -> _Leased:
+def _sort_out(entry: BatchEntry, group: Place | None, oldest: int) -> _Leased:
     """Which rollouts of one lease are trained, and why the others are not."""
     n = len(entry.rewards)
     if group is None:
         nothing = np.zeros(n, bool)
         return _Leased(entry, np.zeros(n, int), nothing, nothing, {Discard.LOST: n} if n else {})
-    summary, payload, fault = group
-    if not len(summary.completion_tokens) == len(fault) == n:
+    chunk, place = group
+    summary, rows = chunk.summary, slice(chunk.starts[place], chunk.starts[place + 1])
+    if int(summary.n[place]) != n:
         raise RunError(
-            f"lease {entry.lease.lease_id}: the plan has {n} rollouts, its summary "
-            f"{len(summary.completion_tokens)} and its verdicts {len(fault)}; ledger and generator disagree"
+            f"lease {entry.lease.lease_id}: the plan has {n} rollouts and its chunk {summary.n[place]}; ledger and "
+            f"generator disagree"
         )
-    failed = np.asarray(fault, bool) if payload is not None else np.ones(n, bool)
+    failed = chunk.fault[rows] | summary.failed[place]
     keep = np.asarray(entry.keep, bool)
-    stale = np.asarray(summary.min_version) < oldest
+    stale = summary.min_version[rows] < oldest
     trained = ~failed & keep & ~stale
     in_group = keep if entry.drop_reason is not Discard.FILTERED else np.ones(n, bool)
     counts = Counter(
         {
-            Discard.VERIFIER_FAULT if payload is not None else Discard.GENERATION_FAULT: int(failed.sum()),
+            Discard.GENERATION_FAULT if summary.failed[place] else Discard.VERIFIER_FAULT: int(failed.sum()),
             Discard.STALE: int((~failed & keep & stale).sum()),
         }
     )
     counts[entry.drop_reason] += int((~failed & ~keep).sum())
     discarded = {reason: count for reason, count in counts.items() if count}
-    return _Leased(entry, np.asarray(summary.completion_tokens), trained, ~failed & in_group & ~stale, discarded)
+    return _Leased(entry, summary.completion_tokens[rows], trained, ~failed & in_group & ~stale, discarded)
 
 
 def _training_groups(
     prompts: list[list[_Leased]],
-    groups: dict[int, VerifiedGroup],
+    groups: dict[int, Place],
     config: Config,
     version: int,
     train_cost: float | None,
@@ -158,17 +148,18 @@ def _first_in_baseline(prompt_leases: list[_Leased]) -> _Leased:
 
 
 def _group(
-    leased: _Leased, groups: dict[int, VerifiedGroup], rows: np.ndarray, advantages: np.ndarray, weights: np.ndarray
+    leased: _Leased, groups: dict[int, Place], rows: np.ndarray, advantages: np.ndarray, weights: np.ndarray
 ) -> TrainingGroup:
-    summary, payload, _ = groups[leased.entry.lease.lease_id]
+    chunk, place = groups[leased.entry.lease.lease_id]
     return TrainingGroup(
         lease_id=leased.entry.lease.lease_id,
-        payload=payload,
-        rollout_index=rows.astype(np.int32),
+        payload=chunk.payload,
+        place=place,
+        rollout_index=(chunk.starts[place] + rows).astype(np.int32),
         rewards=np.asarray(leased.entry.rewards, np.float32)[rows],  # the verifier's: classes of the statistics
         advantages=advantages.astype(np.float32),
         weights=weights.astype(np.float32),
-        prompt_tokens=summary.prompt_tokens,
+        prompt_tokens=int(chunk.summary.prompt_tokens[place]),
         completion_tokens=leased.lengths[rows].astype(np.int32),
     )
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
 
 from cures_ray.loop.ports import GeneratorPort, VerifierPort, WorkerLost
 from cures_ray.loop.sample_log import SampleLog
-from cures_ray.messages import GenerationRequest, PromptRow, RunError
+from cures_ray.messages import LeaseChunk, PromptRow, RunError
 
 Metrics = dict[str, float]
 RETRIES = 5
+CHUNK = 64  # prompts
+CHUNKS_IN_WORK = 16
 
 
 class EvalPrompts(Protocol):
@@ -27,7 +30,7 @@ class EvalPrompts(Protocol):
 
 
 class Evaluator:
-    """Callable as ``evaluate(version, generators)``; remembers every result in ``history``.
+    """Callable as ``evaluate(version, generators, progress)``; remembers every result in ``history``.
 
     Args:
         samples_per_prompt: draws at the training temperature besides the greedy answer; 0 for none.
@@ -50,13 +53,23 @@ class Evaluator:
         self.samples_per_prompt, self.seed = samples_per_prompt, seed
         self.history: list[tuple[int, Metrics]] = []
 
-    async def __call__(self, version: int, generators: Callable[[], list[GeneratorPort]]) -> Metrics:
-        limit = asyncio.Semaphore(1024)
+    async def __call__(
+        self,
+        version: int,
+        generators: Callable[[], list[GeneratorPort]],
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> Metrics:
+        """``progress`` is told of every chunk of answers."""
+        limit = asyncio.Semaphore(CHUNKS_IN_WORK)
         kinds = ["greedy", "sampled"] if self.samples_per_prompt else ["greedy"]
         metrics: Metrics = {"eval/version": float(version), **self._constants}
         for kind in kinds:
-            tasks = [self._score(version, i, kind == "greedy", generators, limit) for i in range(len(self.prompts))]
-            scores = np.array(await asyncio.gather(*tasks))
+            chunks = np.array_split(np.arange(len(self.prompts)), -(-len(self.prompts) // CHUNK))
+            tasks = [
+                self._score(version, i, index, kind == "greedy", generators, progress, limit)
+                for i, index in enumerate(chunks)
+            ]
+            scores = np.concatenate(await asyncio.gather(*tasks))
             metrics |= {f"eval/{kind}_{name}": value for name, value in self._summaries(scores).items()}
         # a resumed run measures its start again
         self.history = [entry for entry in self.history if entry[0] != version]
@@ -77,30 +90,61 @@ class Evaluator:
     async def _score(
         self,
         version: int,
-        index: int,
+        number: int,
+        index: np.ndarray,
         greedy: bool,
         generators: Callable[[], list[GeneratorPort]],
+        progress: Callable[[str], None],
         limit: asyncio.Semaphore,
-    ) -> float:
-        """Mean reward of one prompt; a lost generator's prompt goes to another."""
-        row = self.prompts.row(index)
-        request = GenerationRequest(
-            prompt=row, n=1 if greedy else self.samples_per_prompt, seed=self.seed * 1_000_003 + index, greedy=greedy
-        )
+    ) -> np.ndarray:
+        """Mean reward of each prompt ``index`` [k]; a lost generator's go to another, as do those that failed."""
+        scores, todo = np.full(len(index), np.nan), np.arange(len(index))
         async with limit:
             for attempt in range(RETRIES):
                 live = generators()
-                if not live:
-                    await asyncio.sleep(2.0**attempt)
-                    continue
-                try:
-                    _, payload = await live[(index + attempt) % len(live)].generate(request)
-                    verdicts = await self.verifier.verify(payload, row)
-                except (WorkerLost, TimeoutError):
-                    await asyncio.sleep(2.0**attempt)
-                    continue
-                if greedy and self.samples is not None and index < self.samples.count:
-                    await self.samples.write(version, row, payload, verdicts[0])
-                rewards = [v.reward for v in verdicts if not v.is_fault]
-                return float(np.mean(rewards)) if rewards else float("nan")
-        raise RunError(f"evaluation: prompt {row.prompt_id} could not be generated in {RETRIES} attempts")
+                if live:
+                    generator = live[(number + attempt) % len(live)]
+                    with suppress(WorkerLost):
+                        todo = await self._answers(version, index, todo, greedy, generator, scores)
+                        progress(f"evaluation: {len(index)} prompts answered")
+                if not len(todo):
+                    return scores
+                await asyncio.sleep(2.0**attempt)
+        raise RunError(
+            f"evaluation: prompt {self.prompts.row(int(index[todo[0]])).prompt_id} could not be generated in {RETRIES} "
+            f"attempts"
+        )
+
+    async def _answers(
+        self,
+        version: int,
+        index: np.ndarray,
+        todo: np.ndarray,
+        greedy: bool,
+        generator: GeneratorPort,
+        scores: np.ndarray,
+    ) -> np.ndarray:
+        """Generate and judge the places ``todo`` of ``index``, write their ``scores``; the places that failed."""
+        asked = index[todo]
+        leases = LeaseChunk(
+            lease_id=np.full(len(asked), -1, np.int64),
+            attempt=np.zeros(len(asked), np.int32),
+            prompt_index=asked,
+            n=np.full(len(asked), 1 if greedy else self.samples_per_prompt, np.int32),
+            seed=self.seed * 1_000_003 + asked,
+            source="eval",
+            greedy=greedy,
+        )
+        summary, payload = await generator.generate(leases)
+        verdicts = await self.verifier.verify(payload, len(summary.completion_tokens))
+        owner = np.repeat(np.arange(len(asked)), summary.n)
+        valid = ~verdicts.fault & ~summary.failed[owner]
+        total = np.bincount(owner[valid], minlength=len(asked))
+        sums = np.bincount(owner[valid], verdicts.reward[valid], len(asked))
+        scores[todo] = np.where(total > 0, sums / np.maximum(total, 1), np.nan)
+        if greedy and self.samples is not None:
+            shown = np.flatnonzero((asked < self.samples.count) & ~summary.failed)
+            if len(shown):
+                rows = [self.prompts.row(int(i)) for i in asked[shown]]
+                await self.samples.write(version, rows, payload, shown.tolist(), verdicts)
+        return todo[summary.failed]

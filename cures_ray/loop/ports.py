@@ -6,6 +6,7 @@ them in one process. Every call may raise `WorkerLost` when its worker is gone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,11 +16,11 @@ import numpy as np
 from cures_ray.messages import (
     Accounting,
     BatchPlan,
+    ChunkSummary,
     CommitReport,
     Discard,
-    GenerationRequest,
-    GroupSummary,
-    Lease,
+    Key,
+    LeaseChunk,
     LedgerStatus,
     PayloadHandle,
     PromptRow,
@@ -28,13 +29,17 @@ from cures_ray.messages import (
     StepReport,
     SyncReport,
     TrainingBatch,
-    Verdict,
+    VerdictChunk,
     WeightUpdate,
 )
 
 
 class WorkerLost(RuntimeError):
     """A worker (or a payload that lived in it) is gone; the work may be given to another."""
+
+
+class PayloadLost(WorkerLost):
+    """Rollouts that were generated are gone, with the node that held them: they must be generated again."""
 
 
 class CanaryFailed(RuntimeError):
@@ -58,14 +63,16 @@ class CanaryFailed(RuntimeError):
 class LedgerPort(Protocol):
     """The curriculum's only writer. All calls are idempotent or keyed by (lease_id, attempt)."""
 
-    async def lease(self, worker: str, max_rollouts: int, version: int) -> list[Lease]:
+    async def lease(self, worker: str, max_rollouts: int, version: int) -> LeaseChunk:
         """Up to ``max_rollouts`` rollouts of leases (at least one lease when any is open and
         max_rollouts >= 1); empty when nothing may be generated now."""
         ...
 
-    async def settle(self, settlement: Settlement) -> SettleReply: ...
+    async def settle(self, settlement: Settlement) -> SettleReply:
+        """Each lease of the chunk settles once; what was settled or given back before changes nothing."""
+        ...
 
-    async def give_back(self, keys: list[tuple[int, int]], reason: Discard) -> None:
+    async def give_back(self, keys: list[Key], reason: Discard) -> None:
         """Return unsettled or uncommitted (lease_id, attempt) leases: their rollouts are discarded with
         ``reason`` and the leases are issued again under the next attempt."""
         ...
@@ -84,9 +91,22 @@ class LedgerPort(Protocol):
 
 
 class GeneratorPort(Protocol):
+    """A generator works on what was submitted and hands out what is finished, in chunks of its own choice."""
+
     name: str
 
-    async def generate(self, request: GenerationRequest) -> tuple[GroupSummary, PayloadHandle]: ...
+    async def submit(self, leases: LeaseChunk) -> None:
+        """Begin to generate; what is finished comes out of ``collect``."""
+        ...
+
+    async def collect(self) -> tuple[ChunkSummary, PayloadHandle]:
+        """The leases that finished since the last call, one payload for all; waits a little for the first. An empty
+        summary says that the generator lives and has nothing. One call at a time."""
+        ...
+
+    async def generate(self, leases: LeaseChunk) -> tuple[ChunkSummary, PayloadHandle]:
+        """All of ``leases``, in their order (evaluation)."""
+        ...
 
     async def update_weights(self, update: WeightUpdate) -> SyncReport:
         """Load ``update`` while requests in flight continue, stamp its version, run the canary."""
@@ -94,8 +114,9 @@ class GeneratorPort(Protocol):
 
 
 class VerifierPort(Protocol):
-    async def verify(self, payload: PayloadHandle, prompt: PromptRow) -> list[Verdict]:
-        """One verdict a rollout of the payload, in order."""
+    async def verify(self, payload: PayloadHandle, rollouts: int) -> VerdictChunk:
+        """One verdict on each of the payload's ``rollouts``, in order. Raises PayloadLost when the payload is gone,
+        WorkerLost when the verifier is: another may be asked."""
         ...
 
 
@@ -132,10 +153,15 @@ class Ports:
     fleet: FleetPort
     verifier: VerifierPort
     learner: LearnerPort
+    usage: Callable[[], dict[str, float]] = dict  # cpu/ROLE_s: CPU seconds since the last call
 
 
 class PromptSource(Protocol):
-    def row(self, index: int) -> PromptRow: ...
+    """A prompt table as generators and verifiers hold it."""
+
+    def rows(self, index: np.ndarray, *, tokenize: bool = True) -> list[PromptRow]:
+        """Prompts ``index`` [k]; without ``tokenize`` their token ids are empty."""
+        ...
 
 
 class Observer(Protocol):

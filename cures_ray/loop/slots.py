@@ -8,39 +8,37 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cures_ray.loop.chunks import Place
 from cures_ray.loop.ports import GeneratorPort
-from cures_ray.messages import (
-    Accounting,
-    BatchPlan,
-    GroupSummary,
-    Lease,
-    Outcome,
-    PayloadHandle,
-    StepReport,
-    Verdict,
-)
+from cures_ray.messages import Accounting, BatchPlan, Key, LeaseChunk, StepReport
 
 Metrics = dict[str, float]
-VerifiedGroup = tuple[GroupSummary, PayloadHandle, np.ndarray]  # fault mask, bool [n]
 
 
 @dataclass(slots=True)
 class Slot:
-    """One generator: what it works on, whether it may take leases, how long it had nothing to do."""
+    """One generator: what it works on, which weights it has proven, how long it had nothing to do."""
 
     generator: GeneratorPort
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    syncing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    version: int = -1  # the last proven version
-    open: bool = False  # holds proven current weights and may take leases
+    version: int = -1  # the last proven version; leases only while it is the current one
     lost: str = ""  # why it must be replaced
-    in_flight: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)  # key -> (n, since)
+    loading: bool = False  # fetches and proves weights now
+    in_flight: dict[Key, tuple[int, float]] = field(default_factory=dict)  # -> (n, since)
+    rollouts: int = 0  # in flight
     idle_since: float | None = None
     idle_seconds: float = 0.0
 
-    @property
-    def rollouts(self) -> int:
-        return sum(n for n, _ in self.in_flight.values())
+    def begin(self, leases: LeaseChunk) -> None:
+        now = time.monotonic()
+        self.in_flight.update((key, (n, now)) for key, n in zip(leases.keys, leases.n.tolist(), strict=True))
+        self.rollouts += int(leases.n.sum())
+
+    def end(self, keys: list[Key]) -> None:
+        """``keys`` are not in flight any more; unknown ones change nothing."""
+        for key in keys:
+            n, _ = self.in_flight.pop(key, (0, 0.0))
+            self.rollouts -= n
 
     def track_idle(self) -> None:
         now = time.monotonic()
@@ -71,42 +69,33 @@ def longest_waiting(slots: list[Slot], most: int = 5) -> str:
     return "; ".join(text for _, text in held[:most]) or "no lease is in flight"
 
 
-def failed_generation(lease: Lease, version: int) -> tuple[GroupSummary, None, list[Verdict]]:
-    """A lease whose generation missed its deadline: all its rollouts are faults."""
-    summary = GroupSummary(
-        lease_id=lease.lease_id,
-        attempt=lease.attempt,
-        prompt_tokens=0,
-        completion_tokens=np.zeros(lease.n, np.int32),
-        truncated=np.zeros(lease.n, bool),
-        min_version=np.full(lease.n, version, np.int32),
-        max_version=np.full(lease.n, version, np.int32),
-        generator="",
-        seconds=0.0,
-    )
-    return summary, None, [Verdict(outcome=Outcome.FAULT, detail="generation deadline")] * lease.n
-
-
 def step_metrics(
     plan: BatchPlan,
-    groups: dict[int, VerifiedGroup],
+    groups: dict[int, Place],
     report: StepReport,
     accounting: Accounting,
     version: int,
 ) -> Metrics:
     """Scalars of one optimizer step, under the names of the logs. ``version``: the policy before the step."""
-    summaries = [groups[e.lease.lease_id][0] for e in plan.entries if e.lease.lease_id in groups]
-    valid = [e.rewards[~groups[e.lease.lease_id][2]] for e in plan.entries if e.lease.lease_id in groups]
-    lag = _joined([version - s.min_version for s in summaries])
+    tokens, truncated, lag, valid = [], [], [], []
+    for entry in plan.entries:
+        if (found := groups.get(entry.lease.lease_id)) is not None:
+            chunk, place = found
+            rows = slice(chunk.starts[place], chunk.starts[place + 1])
+            tokens.append(chunk.summary.completion_tokens[rows])
+            truncated.append(chunk.summary.truncated[rows])
+            lag.append(version - chunk.summary.min_version[rows])
+            valid.append(entry.rewards[~chunk.fault[rows]])
+    oldest = _joined(lag)
     metrics = {f"learner/{k}": v for k, v in report.metrics.items()}
     # names with a section of their own keep it: belief/...
     metrics |= {k if "/" in k else f"curriculum/{k}": v for k, v in plan.metrics.items()}
     metrics |= {
         "rollout/reward": float(_joined(valid).mean()),
-        "rollout/completion_tokens": float(_joined([s.completion_tokens for s in summaries]).mean()),
-        "rollout/truncated": float(_joined([s.truncated for s in summaries]).mean()),
-        "staleness/mean": float(lag.mean()),
-        "staleness/max": float(lag.max()),
+        "rollout/completion_tokens": float(_joined(tokens).mean()),
+        "rollout/truncated": float(_joined(truncated).mean()),
+        "staleness/mean": float(oldest.mean()),
+        "staleness/max": float(oldest.max()),
         "accounting/planned": float(accounting.planned),
         "accounting/trained": float(accounting.trained),
         "accounting/in_flight": float(accounting.in_flight),

@@ -8,7 +8,8 @@ from tiny_model import write_tiny_model
 
 from actors.learner import LearnerGroup
 from cures_ray.config import Config
-from cures_ray.messages import Rollout, RolloutGroup, TrainingBatch, TrainingGroup
+from cures_ray.loop.chunks import pack
+from cures_ray.messages import LeaseChunk, Rollout, TrainingBatch, TrainingGroup
 
 CANARY = [np.arange(3, 20), np.arange(30, 12, -1)]
 TEMPERATURE = 0.8
@@ -54,6 +55,11 @@ class World:
         return [asyncio.run(group.train(b)) for b in (self.batches if batches is None else batches)]
 
 
+def one_lease(lease_id: int, n: int) -> LeaseChunk:
+    one = np.ones(1, np.int64)
+    return LeaseChunk(lease_id=lease_id * one, attempt=0 * one, prompt_index=0 * one, n=n * one, seed=0 * one)
+
+
 def make_batch(step: int) -> TrainingBatch:
     rng = np.random.default_rng(step)
     groups = []
@@ -70,18 +76,15 @@ def make_batch(step: int) -> TrainingBatch:
             )
             for length in lengths
         )
-        payload = RolloutGroup(
-            lease_id=lease_id,
-            attempt=0,
-            prompt_token_ids=rng.integers(3, 50, prompt).astype(np.int32),
-            rollouts=rollouts,
-        )
+        tokens = rng.integers(3, 50, prompt).astype(np.int32)
+        _, payload = pack(one_lease(lease_id, n), [tokens], [rollouts], "g", [0.0])
         index = np.flatnonzero(np.arange(n) != 1).astype(np.int32)  # rollout 1 of a group was a fault
         k = len(index)
         groups.append(
             TrainingGroup(
                 lease_id=lease_id,
                 payload=ray.put(payload),
+                place=0,
                 rollout_index=index,
                 rewards=(rng.random(k) < 0.5).astype(np.float32),
                 advantages=(np.zeros(k) if lease_id == 2 else rng.normal(size=k)).astype(np.float32),

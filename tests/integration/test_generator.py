@@ -18,14 +18,15 @@ import torch
 from tiny_model import CHARACTERS, write_tiny_model
 from transformers import AutoModelForCausalLM
 
-from actors.generator import GenerationTimeout, GeneratorActor
+from actors.generator import GeneratorActor
 from actors.weights import shm
 from actors.weights.backend import Settings
 from actors.weights.shm import shm_folder
 from actors.weights.stream import Source
 from cures_ray.config import Config
+from cures_ray.loop.chunks import unpacked
 from cures_ray.loop.ports import CanaryFailed, WorkerLost
-from cures_ray.messages import GenerationRequest, PromptRow, WeightUpdate
+from cures_ray.messages import LeaseChunk, PromptRow, WeightUpdate
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 TEMPERATURE = (1.0, 0.7)  # by engine
@@ -39,12 +40,32 @@ def tokens(text: str) -> np.ndarray:
 PROMPT = PromptRow(prompt_id="0" * 16, text="compute 12+34=", token_ids=tokens("compute 12+34="), answer="46")
 
 
+def leases(n: list[int], seeds: list[int], **more) -> LeaseChunk:
+    """One lease a seed, which is its id."""
+    zero = np.zeros(len(n), np.int64)
+    return LeaseChunk(lease_id=zero + seeds, attempt=zero, prompt_index=zero, n=zero + n, seed=zero + seeds, **more)
+
+
+def rollouts(chunk) -> list:
+    return [unpacked(chunk, row) for row in range(len(chunk))]
+
+
 def log_probabilities(model, ids: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Of tokens 1.. of ``ids`` under a Hugging Face model."""
     row = torch.as_tensor(ids, dtype=torch.long)[None]
     with torch.no_grad():
         scores = torch.log_softmax(model(row).logits[0, :-1].float() / temperature, -1)
     return scores.gather(1, row[0, 1:, None])[:, 0].numpy()
+
+
+def one_prompt():
+    """A prompt table of PROMPT alone. The class is local, so that it travels by value."""
+
+    class OnePrompt:
+        def rows(self, index, *, tokenize=True):
+            return [PROMPT for _ in index]
+
+    return {"train": OnePrompt()}
 
 
 class World:
@@ -63,6 +84,9 @@ class World:
             async def set_timeout(self, seconds: float) -> None:
                 self.config.rollout.timeout_s = seconds
 
+            async def pid(self) -> int:
+                return os.getpid()
+
             async def unfinished(self) -> int:
                 return self._engine.output_processor.get_num_unfinished_requests()
 
@@ -71,14 +95,13 @@ class World:
         self.handles = [
             ray.remote(Adjustable)
             .options(num_cpus=1, max_concurrency=1000)
-            .remote(f"generator-{i}", settings, self.current[i].name_or_path)
+            .remote(f"generator-{i}", settings, self.current[i].name_or_path, one_prompt())
             for i, settings in enumerate([small(rollout), small(second, in_flight_updates=False)])
         ]
         self.start_seconds = ray.get([h.start.remote() for h in self.handles])
 
     def submit(self, n: int, seed: int, which: int = 0, greedy: bool = False):
-        request = GenerationRequest(prompt=PROMPT, n=n, seed=seed, lease_id=seed, greedy=greedy)
-        return self.handles[which].generate.options(num_returns=2).remote(request)
+        return self.handles[which].generate.options(num_returns=2).remote(leases([n], [seed], greedy=greedy))
 
     def generate(self, *args, **kwargs):
         return ray.get(self.submit(*args, **kwargs))
@@ -98,15 +121,15 @@ class World:
 
     def check(self, group, which: int = 0) -> None:
         """The rollouts' log-probabilities are those of the current weights at the engine's temperature."""
-        for rollout in group.rollouts:
+        for rollout in rollouts(group):
             assert len(rollout.logprobs) == len(rollout.token_ids) > 0
             error = rollout.logprobs - expected(group, rollout, self.current[which], TEMPERATURE[which])
             assert np.abs(error).max() < EXACT
 
 
 def expected(group, rollout, model, temperature: float = 1.0) -> np.ndarray:
-    ids = np.concatenate([group.prompt_token_ids, rollout.token_ids])
-    return log_probabilities(model, ids, temperature)[len(group.prompt_token_ids) - 1 :]
+    ids = np.concatenate([group.prompt(0), rollout.token_ids])
+    return log_probabilities(model, ids, temperature)[len(group.prompt(0)) - 1 :]
 
 
 def small(rollout: dict, **async_rl) -> Config:
@@ -140,16 +163,17 @@ def test_a_rollout_depends_on_its_seed_and_index_alone(world):
     _, two = world.generate(2, seed=7)
     _, neighbour = world.generate(4, seed=8)
     ray.get([summary for summary, _ in others])
-    assert [same(a, b) for a, b in zip(four.rollouts, two.rollouts, strict=False)] == [True, True]
-    assert len({r.token_ids.tobytes() for r in (*four.rollouts, *neighbour.rollouts)}) == 8
+    assert [same(a, b) for a, b in zip(rollouts(four), rollouts(two), strict=False)] == [True, True]
+    assert len({r.token_ids.tobytes() for r in (*rollouts(four), *rollouts(neighbour))}) == 8
 
 
 def test_the_summary_tells_what_the_payload_holds(world):
     summary, group = world.generate(5, seed=3)
-    assert (summary.lease_id, summary.generator, summary.prompt_tokens) == (3, "generator-0", len(PROMPT.token_ids))
-    assert summary.completion_tokens.tolist() == [len(r.token_ids) for r in group.rollouts]
-    assert summary.truncated.tolist() == [r.finish_reason == "length" for r in group.rollouts]
-    for rollout in group.rollouts:
+    assert (summary.keys, summary.generator) == ([(3, 0)], "generator-0")
+    assert summary.prompt_tokens.tolist() == [len(PROMPT.token_ids)]
+    assert summary.completion_tokens.tolist() == [len(r.token_ids) for r in rollouts(group)]
+    assert summary.truncated.tolist() == [r.finish_reason == "length" for r in rollouts(group)]
+    for rollout in rollouts(group):
         if rollout.finish_reason == "length":
             assert len(rollout.token_ids) == 200
         else:
@@ -167,15 +191,15 @@ def test_log_probabilities_are_those_of_the_sampling_policy(world, which):
 
 def test_generation_ends_at_a_stop_string(world):
     _, group = world.generate(16, seed=5, which=1)
-    stopped = [r for r in group.rollouts if "(" in r.text]
+    stopped = [r for r in rollouts(group) if "(" in r.text]
     assert stopped
     assert all(r.finish_reason == "stop" and r.text.index("(") == len(r.text) - 1 for r in stopped)
     assert all(r.token_ids[-1] == tokens("(")[0] for r in stopped)
 
 
 def test_greedy_takes_the_likeliest_token(world):
-    _, group = world.generate(3, seed=1, greedy=True)
-    (rollout,) = group.rollouts
+    _, group = world.generate(1, seed=1, greedy=True)
+    (rollout,) = rollouts(group)
     ids = torch.as_tensor(np.concatenate([PROMPT.token_ids, rollout.token_ids]), dtype=torch.long)[None]
     with torch.no_grad():
         best = world.current[0](ids).logits[0, len(PROMPT.token_ids) - 1 : -1].argmax(-1)
@@ -195,7 +219,7 @@ def test_after_a_sync_both_engines_hold_the_new_weights_and_say_so(world):
         world.check(group, which)  # the tied embedding included: lm_head is packed anew
         assert summary.min_version.tolist() == [1] * 4
     _, after = world.generate(4, seed=21)
-    assert not all(same(a, b) for a, b in zip(before.rollouts, after.rollouts, strict=True))
+    assert not all(same(a, b) for a, b in zip(rollouts(before), rollouts(after), strict=True))
 
 
 def test_requests_in_flight_continue_through_a_sync_under_the_new_weights(world):
@@ -209,7 +233,7 @@ def test_requests_in_flight_continue_through_a_sync_under_the_new_weights(world)
         assert report.canary_max_error < EXACT
         mixed = 0
         for group in groups:
-            for rollout in group.rollouts:
+            for rollout in rollouts(group):
                 assert world.version[0] - 1 <= rollout.min_version <= rollout.max_version <= world.version[0]
                 if rollout.min_version < rollout.max_version:
                     mixed += 1
@@ -226,28 +250,36 @@ def check_one_switch(group, rollout, old, new) -> None:
     assert any(was_old[:k].all() and is_new[k:].all() for k in range(1, len(was_old)))
 
 
+def test_what_is_finished_comes_out_in_chunks_and_each_lease_once(world):
+    handle, asked = world.handles[0], {seed: 1 + seed % 3 for seed in range(200, 230)}
+    for part in (slice(0, 20), slice(20, 30)):
+        ray.get(handle.submit.remote(leases(list(asked.values())[part], list(asked)[part])))
+    seen, chunks = [], 0
+    while len(seen) < len(asked):
+        summary, payload = ray.get(handle.collect.options(num_returns=2).remote())
+        chunks += 1
+        assert len(payload) == summary.n.sum() and not summary.failed.any() and (summary.seconds > 0).all()
+        seen += zip(summary.lease_id.tolist(), summary.n.tolist(), strict=True)
+        world.check(payload)
+    assert dict(seen) == asked and len(seen) == len(asked)
+    assert chunks < len(asked), "finished leases travel together"
+    summary, _ = ray.get(handle.collect.options(num_returns=2).remote())
+    assert len(summary) == 0, "nothing is handed out twice"
+    _, alone = world.generate(asked[203], seed=203)
+    place = [lease_id for lease_id, _ in seen].index(203)
+    assert place >= 0 and len(alone) == asked[203]
+
+
 def test_a_missed_deadline_aborts_the_requests(world):
     handle = world.handles[0]
     ray.get(handle.set_timeout.remote(0.05))
-    summary, payload = world.submit(32, seed=60)
-    with pytest.raises(GenerationTimeout, match=r"lease 60 of 32 rollouts took more than rollout.timeout_s = 0.05 s"):
-        ray.get(summary)
-    with pytest.raises(TimeoutError):
-        ray.get(payload)
+    ray.get(handle.submit.remote(leases([32], [60])))
+    summary, payload = ray.get(handle.collect.options(num_returns=2).remote())
+    assert summary.keys == [(60, 0)] and summary.failed.tolist() == [True]
+    assert summary.completion_tokens.tolist() == [0] * 32 and payload.texts == ("",) * 32
     ray.get(handle.set_timeout.remote(60.0))
     assert ray.get(handle.unfinished.remote()) == 0
     world.check(world.generate(2, seed=61)[1])
-
-
-def test_statistics_count_tokens_and_idle_time(world):
-    handle = world.handles[0]
-    ray.get(handle.stats.remote())
-    time.sleep(0.2)
-    summary, _ = world.generate(4, seed=70)
-    stats = ray.get(handle.stats.remote())
-    assert stats["tokens_per_second"] * stats["seconds"] == pytest.approx(summary.completion_tokens.sum())
-    assert 0.2 <= stats["idle_seconds"] < stats["seconds"]
-    assert (stats["running"], stats["waiting"], stats["version"]) == (0, 0, world.version[0])
 
 
 def test_a_wrong_sync_is_caught_and_a_dead_engine_ends_its_actor(world):
@@ -267,12 +299,12 @@ def test_a_wrong_sync_is_caught_and_a_dead_engine_ends_its_actor(world):
     with pytest.raises(WorkerLost, match="canary failed"):  # not even the right weights make it usable again
         ray.get(handle.update_weights.remote(world.update(right, right, 100)))
     assert ray.get(pending).max_version.tolist() == [1] * 8  # async_rl.in_flight_updates = false: they finished first
-    pid = ray.get(handle.ping.remote())["pid"]
+    pid = ray.get(handle.pid.remote())
     engine = next(c for c in psutil.Process(pid).children() if "EngineCore" in "".join(c.cmdline()))
     os.kill(engine.pid, signal.SIGKILL)
     deadline = time.monotonic() + 15
     with pytest.raises(ray.exceptions.RayActorError):
         while time.monotonic() < deadline:
-            ray.get(handle.ping.remote(), timeout=10)
+            ray.get(handle.pid.remote(), timeout=10)
             time.sleep(0.2)
     world.check(world.generate(2, seed=82)[1])  # the other engine is untouched

@@ -31,8 +31,8 @@ def oracle(folder, batch):
     for group in batch.groups:
         payload = ray.get(group.payload)
         for slot, j in enumerate(group.rollout_index):
-            completion = payload.rollouts[j].token_ids
-            ids = torch.as_tensor(np.concatenate([payload.prompt_token_ids, completion]), dtype=torch.long)
+            completion = payload.tokens(j)[0]
+            ids = torch.as_tensor(np.concatenate([payload.prompt(0), completion]), dtype=torch.long)
             scores = torch.log_softmax(model(ids[None]).logits[0, :-1] / TEMPERATURE, -1)
             logprobs = scores.gather(1, ids[1:, None])[-len(completion) :, 0]
             total = total - float(group.weights[slot] * group.advantages[slot]) * logprobs.sum()

@@ -38,7 +38,7 @@ async def kill_repeatedly(handle, world: World) -> list[int]:
         await asyncio.sleep(0.013 * i)
         while True:
             try:
-                pid = (await asyncio.wrap_future(handle.ping.remote().future()))["pid"]
+                pid = (await asyncio.wrap_future(handle.process.remote().future()))["pid"]
             except ray.exceptions.RayActorError:
                 await asyncio.sleep(0.1)
                 continue
@@ -60,7 +60,7 @@ def test_a_run_whose_ledger_is_killed_again_and_again_ends_with_every_rollout_ac
 
     accounting, killed = asyncio.run(run())
     assert len(set(killed)) == KILLS, "each time another process was killed"
-    assert ray.get(handle.ping.remote())["recovered"] > 0
+    assert ray.get(handle.process.remote())["recovered"] > 0
     assert accounting.in_flight == 0 and accounting.trained > 0
     assert [step for step, _ in world.observer.steps] == list(range(1, 25))
     assert sum(batch.rollouts for batch in world.learner.batches) == accounting.trained
@@ -81,7 +81,7 @@ def test_damage_in_the_middle_of_the_journal_ends_the_run_within_seconds_with_fi
     async def run():
         await ledger.lease("g0", 8, 0)
         await ledger.lease("g0", 8, 0)
-        pid = (await asyncio.wrap_future(handle.ping.remote().future()))["pid"]
+        pid = (await asyncio.wrap_future(handle.process.remote().future()))["pid"]
         path = journal_path(tmp_path / "ledger", 0)
         offset = path.read_bytes().index(b"\n") + 1
         data = bytearray(path.read_bytes())

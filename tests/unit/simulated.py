@@ -11,16 +11,19 @@ from cures_ray.messages import Accounting, BatchPlan, CommitReport, Lease, Settl
 
 
 def settlement(lease: Lease, rewards, *, fault=None, version: int | None = None, tokens: int = 3) -> Settlement:
+    """A chunk of one lease. ``version`` of all its rollouts; None: that of the step it was planned for."""
     n = len(rewards)
     return Settlement(
-        lease_id=lease.lease_id,
-        attempt=lease.attempt,
+        lease_id=np.array([lease.lease_id]),
+        attempt=np.array([lease.attempt]),
+        n=np.array([n]),
+        failed=np.zeros(1, bool),
         rewards=np.asarray(rewards, np.float32),
         fault=np.zeros(n, bool) if fault is None else np.asarray(fault, bool),
         completion_tokens=np.full(n, tokens, np.int32),
-        min_version=np.full(n, lease.policy_version if version is None else version, np.int32),
-        generate_seconds=0.01,
-        verify_seconds=0.001,
+        min_version=np.full(n, lease.batch if version is None else version, np.int32),
+        generate_seconds=np.array([0.01]),
+        verify_seconds=np.array([0.001]),
     )
 
 
@@ -55,7 +58,7 @@ class Run:
     def settle(self, lease: Lease, **options) -> bool:
         accepted = self.curriculum.settle(settlement(lease, self.rewards(lease), **options)).accepted
         self.curriculum.accounting.check()
-        return accepted
+        return bool(accepted[0])
 
     def generate(self) -> BatchPlan:
         """Lease and settle until the next batch is finished; its plan."""

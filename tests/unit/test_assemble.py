@@ -5,7 +5,8 @@ import pytest
 
 from cures_ray.config import AlgoConfig, AsyncConfig, Config, CuresCurriculum, RolloutConfig
 from cures_ray.loop.assemble import assemble
-from cures_ray.messages import BatchEntry, BatchPlan, Discard, GroupSummary, Lease, RunError
+from cures_ray.loop.chunks import VerifiedChunk
+from cures_ray.messages import BatchEntry, BatchPlan, ChunkSummary, Discard, Lease, RunError
 
 
 def config(**algo):
@@ -21,21 +22,23 @@ def entry(lease_id, rewards, *, prompt="a", keep=None, weight=0.5, alpha=1.0, be
     n = len(rewards)
     lease = Lease(
         lease_id=lease_id, attempt=0, prompt_index=0, prompt_id=prompt, n=n, batch=3, round=0, weight=weight,
-        alpha=alpha, beta=beta, policy_version=2, seed=0,
+        alpha=alpha, beta=beta, seed=0,
     )  # fmt: skip
     mask = np.ones(n, bool) if keep is None else np.array(keep, bool)
     return BatchEntry(lease=lease, rewards=np.array(rewards, np.float32), keep=mask, drop_reason=reason)
 
 
-def group(lease_id, n, *, fault=(), versions=None, length=5, payload="payload"):
-    summary = GroupSummary(
-        lease_id=lease_id, attempt=0, prompt_tokens=4, completion_tokens=np.full(n, length, np.int32),
-        truncated=np.zeros(n, bool), min_version=np.full(n, 3) if versions is None else np.array(versions),
-        max_version=np.full(n, 3), generator="g", seconds=1.0,
+def group(lease_id, n, *, fault=(), versions=None, length=5, failed=False):
+    """The second lease of a chunk whose first has three rollouts."""
+    summary = ChunkSummary(
+        generator="g", lease_id=np.array([99, lease_id]), attempt=np.zeros(2, int), n=np.array([3, n]),
+        failed=np.array([False, failed]), prompt_tokens=np.array([9, 4]), seconds=np.ones(2),
+        completion_tokens=np.array([7] * 3 + [length] * n), truncated=np.zeros(3 + n, bool),
+        min_version=np.array([0] * 3 + ([3] * n if versions is None else versions)), max_version=np.full(3 + n, 3),
     )  # fmt: skip
-    mask = np.zeros(n, bool)
-    mask[list(fault)] = True
-    return summary, payload, mask
+    mask = np.zeros(3 + n, bool)
+    mask[[3 + i for i in fault]] = True
+    return VerifiedChunk.of(summary, "payload", mask), 1
 
 
 def run(entries, groups, **algo):
@@ -60,13 +63,13 @@ def test_a_plain_group_is_trained_whole_zero_variance_included():
 def test_a_fault_is_not_a_wrong_answer():
     batch, report = run([entry(1, [1, 0, 0])], {1: group(1, 3, fault=[1])})
     assert report.discarded == {1: {Discard.VERIFIER_FAULT: 1}}
-    assert batch.groups[0].rollout_index.tolist() == [0, 2]
+    assert batch.groups[0].rollout_index.tolist() == [3, 5]
     assert batch.groups[0].advantages == pytest.approx([1, -1])  # n_i is 2
     assert batch.groups[0].weights == pytest.approx([0.5 / 2 / 10] * 2)
 
 
 def test_a_failed_generation_and_a_lost_payload_are_accounted():
-    batch, report = run([entry(1, [0, 0]), entry(2, [0], prompt="b")], {1: group(1, 2, fault=[0, 1], payload=None)})
+    batch, report = run([entry(1, [0, 0]), entry(2, [0], prompt="b")], {1: group(1, 2, fault=[0, 1], failed=True)})
     assert report.discarded == {1: {Discard.GENERATION_FAULT: 2}, 2: {Discard.LOST: 1}}
     assert batch.rollouts == 0 and batch.groups == ()
 
@@ -115,7 +118,7 @@ def test_the_posterior_baseline_takes_the_belief_of_the_lease():
 
 def test_the_overlong_penalty_shapes_the_advantage_but_not_the_class():
     groups = {1: group(1, 2)}
-    groups[1][0].completion_tokens[:] = [10, 5]
+    groups[1][0].summary.completion_tokens[3:] = [10, 5]
     batch, _ = run([entry(1, [1, 1])], groups, overlong_penalty_tokens=5)
     assert batch.groups[0].rewards.tolist() == [1, 1]
     assert batch.groups[0].advantages == pytest.approx([-1, 1])

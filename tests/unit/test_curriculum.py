@@ -266,7 +266,7 @@ def advance(run: Run, c: Curriculum, seed: int, calls: int) -> list:
             if rng.random() < 0.1:
                 c.give_back([keys[k]], Discard.LOST)
             else:
-                c.settle(settlement(lease, run.rewards(lease), version=max(lease.policy_version - 1, 0)))
+                c.settle(settlement(lease, run.rewards(lease), version=max(c.version - 1, 0)))
         plan = c.plan(c.committed)
         if plan is not None:
             seen.append({k: v for k, v in plan.metrics.items() if k != "seconds"})

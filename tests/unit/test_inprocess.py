@@ -18,8 +18,8 @@ from benchmarks.inprocess.engine import ExactAccuracy, RowCache, make_curriculum
 from benchmarks.inprocess.judges import chain, program
 from benchmarks.inprocess.local_learner import LocalLearner
 from benchmarks.inprocess.oracle_sigma import MeasuredMoments, install
-from benchmarks.inprocess.sampler import Sampler
-from cures_ray.messages import GenerationRequest, Outcome, PromptRow
+from benchmarks.inprocess.sampler import Request, Sampler
+from cures_ray.messages import Outcome, PromptRow
 from cures_ray.run.preflight import prepare_inputs
 from cures_ray.synthetic.base_model import BOX, BaseModelSpec, prepare
 from cures_ray.synthetic.tasks import TASKS, generate, solve_chain, to_row
@@ -69,8 +69,8 @@ def sampler_of(bases: Path) -> tuple[Sampler, RowCache]:
     return Sampler(load_model(inputs.config), inputs.tokenizer, 1.0, 12), RowCache(inputs.train)
 
 
-def request(row: PromptRow, n: int, seed: int = 5, greedy: bool = False) -> GenerationRequest:
-    return GenerationRequest(prompt=row, n=n, seed=seed, greedy=greedy)
+def request(row: PromptRow, n: int, seed: int = 5, greedy: bool = False) -> Request:
+    return Request(row.token_ids, n, seed, greedy)
 
 
 def test_two_methods_on_two_seeds_keep_the_harness_alive(bases, tmp_path):
@@ -132,7 +132,7 @@ def test_the_sigma_oracle_measures_what_the_policy_does(bases):
     config = config_of(spec(bases, "sigma_last_layer"), Path("unused"))
     inputs = prepare_inputs(config, claim_run_dir=False, test_verifier=False)
     sampler, rows = sampler_of(bases)
-    measured = MeasuredMoments(LocalLearner(config, Costs()), sampler, chain, rows.rows)
+    measured = MeasuredMoments(LocalLearner(config, Costs()), sampler, chain, rows.all)
     curriculum = make_curriculum(config, inputs)
     install(curriculum, measured)
     index = np.arange(12)
@@ -179,8 +179,8 @@ def test_greedy_answers_are_the_most_likely_ones(bases):
 def test_the_exact_accuracy_is_what_sampling_measures(bases):
     sampler, rows = sampler_of(bases)
     exact = ExactAccuracy(sampler, rows, "chain")().mean()
-    groups = sampler.sample([request(row, 16, seed=i) for i, row in enumerate(rows.rows)])
-    rewards = [chain(text, row) for group, row in zip(groups, rows.rows, strict=True) for *_, text in group]
+    groups = sampler.sample([request(row, 16, seed=i) for i, row in enumerate(rows.all)])
+    rewards = [chain(text, row) for group, row in zip(groups, rows.all, strict=True) for *_, text in group]
     error = max(np.std(rewards), 0.02) / len(rewards) ** 0.5
     assert abs(exact - np.mean(rewards)) < 4 * error
 
@@ -232,8 +232,8 @@ def test_the_chain_judge_gives_the_verdicts_of_the_real_verifier():
 
 def test_the_chain_judge_agrees_on_what_the_model_writes(bases):
     sampler, rows = sampler_of(bases)
-    groups = sampler.sample([request(row, 4, seed=i) for i, row in enumerate(rows.rows)])
-    for group, row in zip(groups, rows.rows, strict=True):
+    groups = sampler.sample([request(row, 4, seed=i) for i, row in enumerate(rows.all)])
+    for group, row in zip(groups, rows.all, strict=True):
         for *_, text in group:
             assert chain(text, row) == float(verify_math(text, row.answer).outcome is Outcome.CORRECT), text
 

@@ -45,7 +45,7 @@ def row(i: int) -> PromptRow:
 def lease(index: int, number: int, weight: float = 1.0) -> Lease:
     return Lease(
         lease_id=number, attempt=0, prompt_index=index, prompt_id=str(index), n=1, batch=0, round=0, weight=weight,
-        alpha=1.0, beta=1.0, policy_version=0, seed=number,
+        alpha=1.0, beta=1.0, seed=number,
     )  # fmt: skip
 
 

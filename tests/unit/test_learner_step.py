@@ -13,7 +13,8 @@ from benchmarks.inprocess.local_learner import LocalLearner
 from cures_ray.config import Config
 from cures_ray.learning.packing import mini_batches
 from cures_ray.learning.policy import learner_threads
-from cures_ray.messages import Rollout, RolloutGroup, RunError, TrainingBatch, TrainingGroup
+from cures_ray.loop.chunks import pack
+from cures_ray.messages import LeaseChunk, Rollout, RunError, TrainingBatch, TrainingGroup
 
 LEASES, ROLLOUTS = 8, 4
 
@@ -51,6 +52,11 @@ def learner(model, *, sigma="bernoulli", algo=None, **settings) -> LocalLearner:
     return LocalLearner(config, Costs())
 
 
+def one_lease(lease_id: int, n: int) -> LeaseChunk:
+    one = np.ones(1, np.int64)
+    return LeaseChunk(lease_id=lease_id * one, attempt=0 * one, prompt_index=0 * one, n=n * one, seed=0 * one)
+
+
 def make_batch(step: int, advantages: float = 1.0, scorer: LocalLearner | None = None) -> TrainingBatch:
     """``scorer``: whose log-probabilities are those of sampling; else random ones."""
     rng = np.random.default_rng(step)
@@ -71,11 +77,12 @@ def make_batch(step: int, advantages: float = 1.0, scorer: LocalLearner | None =
                     text="",
                 )
             )
-        payload = RolloutGroup(lease_id=lease_id, attempt=0, prompt_token_ids=prompt, rollouts=tuple(rollouts))
+        _, payload = pack(one_lease(lease_id, ROLLOUTS), [prompt], [rollouts], "g", [0.0])
         groups.append(
             TrainingGroup(
                 lease_id=lease_id,
                 payload=payload,
+                place=0,
                 rollout_index=np.arange(ROLLOUTS, dtype=np.int32),
                 rewards=(rng.random(ROLLOUTS) < 0.5).astype(np.float32),
                 advantages=(advantages * rng.normal(size=ROLLOUTS)).astype(np.float32),

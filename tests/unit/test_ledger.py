@@ -23,18 +23,20 @@ def open_ledger(folder, session="a", **sections) -> Ledger:
 
 
 def settlement(lease, rewards=None, **changes) -> Settlement:
+    """A chunk of one lease."""
     rng = np.random.default_rng(lease.seed)
+    rewards = (rng.random(lease.n) < 0.5).astype(np.float32) if rewards is None else np.asarray(rewards, np.float32)
     values = {
-        "lease_id": lease.lease_id,
-        "attempt": lease.attempt,
-        "rewards": (rng.random(lease.n) < 0.5).astype(np.float32)
-        if rewards is None
-        else np.asarray(rewards, np.float32),
+        "lease_id": np.array([lease.lease_id]),
+        "attempt": np.array([lease.attempt]),
+        "n": np.array([lease.n]),
+        "failed": np.zeros(1, bool),
+        "rewards": rewards,
         "fault": np.zeros(lease.n, bool),
         "completion_tokens": rng.integers(1, 9, lease.n).astype(np.int32),
-        "min_version": np.full(lease.n, max(lease.policy_version, 0), np.int32),
-        "generate_seconds": float(rng.random()),
-        "verify_seconds": float(rng.random()) / 7,
+        "min_version": np.full(lease.n, lease.batch, np.int32),
+        "generate_seconds": rng.random(1),
+        "verify_seconds": rng.random(1) / 7,
     }
     return Settlement(**values | changes)
 
@@ -144,7 +146,7 @@ def test_damage_in_the_middle_is_refused_with_its_offset(tmp_path):
 def test_a_journal_of_another_format_is_refused(tmp_path):
     open_ledger(tmp_path / "ledger").close()
     path = journal_path(tmp_path / "ledger", 0)
-    path.write_bytes(path.read_bytes().replace(b"journal 1 ", b"journal 9 "))
+    path.write_bytes(path.read_bytes().replace(b"journal 2 ", b"journal 9 "))
     with pytest.raises(JournalError, match="format 9"):
         open_ledger(tmp_path / "ledger")
 

@@ -6,7 +6,8 @@ from simulated import Run, by_prompt, rollouts, settlement
 
 from cures_ray.curriculum.allocation import apportion, gvm_weights
 from cures_ray.loop.assemble import assemble
-from cures_ray.messages import Discard, GradientStatistics, GroupSummary
+from cures_ray.loop.chunks import VerifiedChunk
+from cures_ray.messages import ChunkSummary, Discard, GradientStatistics
 
 MIXED = np.linspace(0.0, 1.0, 60)
 HALF = np.full(60, 0.5)
@@ -21,12 +22,13 @@ def training_batch(run, plan):
     groups = {}
     for e in plan.entries:
         n = e.lease.n
-        summary = GroupSummary(
-            lease_id=e.lease.lease_id, attempt=0, prompt_tokens=3, completion_tokens=np.full(n, 3),
-            truncated=np.zeros(n, bool), min_version=np.full(n, plan.batch), max_version=np.full(n, plan.batch),
-            generator="g", seconds=0.0,
+        summary = ChunkSummary(
+            generator="g", lease_id=np.array([e.lease.lease_id]), attempt=np.zeros(1, int), n=np.array([n]),
+            failed=np.zeros(1, bool), prompt_tokens=np.array([3]), seconds=np.zeros(1),
+            completion_tokens=np.full(n, 3), truncated=np.zeros(n, bool), min_version=np.full(n, plan.batch),
+            max_version=np.full(n, plan.batch),
         )  # fmt: skip
-        groups[e.lease.lease_id] = (summary, "payload", np.zeros(n, bool))
+        groups[e.lease.lease_id] = (VerifiedChunk.of(summary, "payload", np.zeros(n, bool)), 0)
     return assemble(plan, groups, run.config, plan.batch)[0]
 
 
