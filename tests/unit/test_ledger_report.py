@@ -271,7 +271,9 @@ def test_a_leases_whole_life_is_one_line_from_its_plan_to_its_end(tmp_path, caps
     again = next(x for x in take(ledger, "g1", 0) if x.lease_id == first.lease_id)
     rewards = np.array([1.0, *[0.0] * (first.n - 1)], np.float32)
     fault = np.arange(first.n) == 1
-    ledger.settle(settlement(again, rewards, fault=fault, generate_seconds=1.5, verify_seconds=0.25))
+    ledger.settle(
+        settlement(again, rewards, fault=fault, generate_seconds=np.array([1.5]), verify_seconds=np.array([0.25]))
+    )
     assert life(run, first.lease_id, capsys)["state"] == "settled"
     for lease_id, attempt in ledger.curriculum.leased_keys():
         ledger.settle(settlement(ledger.curriculum.leased(lease_id, attempt)))
