@@ -119,12 +119,12 @@ class World:
         self.current[which] = model = self.models[which][seed]
         return self.update(model, model, self.version[which])
 
-    def check(self, group, which: int = 0) -> None:
+    def check(self, group, which: int = 0, tolerance: float = EXACT) -> None:
         """The rollouts' log-probabilities are those of the current weights at the engine's temperature."""
         for rollout in rollouts(group):
             assert len(rollout.logprobs) == len(rollout.token_ids) > 0
             error = rollout.logprobs - expected(group, rollout, self.current[which], TEMPERATURE[which])
-            assert np.abs(error).max() < EXACT
+            assert np.abs(error).max() < tolerance
 
 
 def expected(group, rollout, model, temperature: float = 1.0) -> np.ndarray:
@@ -254,20 +254,21 @@ def test_what_is_finished_comes_out_in_chunks_and_each_lease_once(world):
     handle, asked = world.handles[0], {seed: 1 + seed % 3 for seed in range(200, 230)}
     for part in (slice(0, 20), slice(20, 30)):
         ray.get(handle.submit.remote(leases(list(asked.values())[part], list(asked)[part])))
-    seen, chunks = [], 0
+    seen, chunks, tokens = [], 0, {}
     while len(seen) < len(asked):
         summary, payload = ray.get(handle.collect.options(num_returns=2).remote())
         chunks += 1
         assert len(payload) == summary.n.sum() and not summary.failed.any() and (summary.seconds > 0).all()
         seen += zip(summary.lease_id.tolist(), summary.n.tolist(), strict=True)
-        world.check(payload)
+        first = dict(zip(summary.lease_id.tolist(), (summary.n.cumsum() - summary.n).tolist(), strict=True))
+        tokens |= {lease_id: payload.tokens(row)[0].tolist() for lease_id, row in first.items()}
+        world.check(payload, tolerance=10 * EXACT)  # many tokens: the least likely one is rounded most
     assert dict(seen) == asked and len(seen) == len(asked)
     assert chunks < len(asked), "finished leases travel together"
     summary, _ = ray.get(handle.collect.options(num_returns=2).remote())
     assert len(summary) == 0, "nothing is handed out twice"
     _, alone = world.generate(asked[203], seed=203)
-    place = [lease_id for lease_id, _ in seen].index(203)
-    assert place >= 0 and len(alone) == asked[203]
+    assert alone.tokens(0)[0].tolist() == tokens[203], "a lease gets its own rollouts, whatever its chunk"
 
 
 def test_a_missed_deadline_aborts_the_requests(world):
