@@ -360,3 +360,11 @@ async def test_weights_that_the_learner_does_not_keep_are_not_replaced_while_a_g
     world.learner.publish = watching
     await world.driver.run()
     assert len(loading) == 5 and not any(map(any, loading))
+
+
+async def test_many_faults_end_the_run_with_their_reason():
+    world = World(small_config(verifier={"max_fault_share": 0.2}))
+    world.verifier.fault_every = 2
+    with pytest.raises(RunError, match=r"verdicts are faults.*timeout: 5 s"):
+        await world.driver.run()
+    assert any("timeout: 5 s" in note for note in world.observer.notes)
