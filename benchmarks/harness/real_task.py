@@ -9,9 +9,9 @@ REAL_TASK, REAL_MODEL = "reasoning-gym", "smollm2"
 BATCH_DIVISOR = 4  # every arm's prompts and rollouts a step, against those of arms.py: 64 rollouts a step
 
 TASKS_OF_MIXTURE = [  # chosen from the base model's accuracy, before any method ran
-    ("chain_sum_short", "chain_sum", {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1}, 0.40),
-    ("chain_sum_long", "chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, 0.30),
-    ("gcd", "gcd", {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 30}, 0.20),
+    ("chain_sum_short", "chain_sum", {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}, 0.40),
+    ("chain_sum_long", "chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, 0.40),
+    ("gcd", "gcd", {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 30}, 0.10),
     (
         "products",
         "products",
@@ -32,7 +32,7 @@ def real_settings(base: str, seed: int) -> dict[str, Any]:
         "data.train": REAL_TASK,
         "data.eval": REAL_TASK,
         "data.reasoning_gym": {"train_size": 512, "eval_size": 128, "seed": seed, "tasks": tasks},
-        "data.prompt_suffix": "\nGive only the answer.",
+        "data.system_prompt": "Give only the answer.",
         "data.max_prompt_tokens": 160,
         "data.max_eval_prompts": None,
         "verifier.fn": "reasoning_gym",
