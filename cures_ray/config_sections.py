@@ -315,7 +315,11 @@ class LoggingConfig(Section):
     jsonl: bool = True
     """Write metrics to RUN/metrics.jsonl, one line a step."""
     wandb: bool = False
-    """Send metrics to Weights & Biases; needs `pip install wandb`."""
+    """Send metrics to Weights & Biases; needs `pip install wandb`. WANDB_MODE=offline keeps them in the run folder."""
+    mlflow: bool = False
+    """Send metrics to MLflow: to RUN/mlruns, or to MLFLOW_TRACKING_URI; needs `pip install mlflow-skinny`."""
+    trackio: bool = False
+    """Not supported: Trackio brings a web server. Use wandb or mlflow."""
     progress: Literal["auto", "live", "lines", "off"] = "auto"
     """What the terminal shows. `auto`: a live table in a terminal, lines in a file."""
     histogram_interval: int = Field(5, ge=1)

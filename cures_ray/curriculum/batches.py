@@ -155,7 +155,10 @@ class Batch:
 
 
 def batch_metrics(batch: Batch) -> dict[str, float]:
-    """Outcomes of a batch: rewards, and the share of prompts from which anything can be learned."""
+    """Outcomes of a batch. ``useful``: share of judged rollouts whose outcome the belief held less likely, that is more
+    than 0.5 from the accuracy believed when they were planned; exactly 0.5 counts half. A coin toss gives 0.5, a
+    prompt that is known to be solved 0.
+    """
     n = np.array([h.lease.n for h in batch.leases], np.int64)
     lease = np.repeat(np.arange(len(n)), n)
     valid = np.concatenate([h.valid for h in batch.leases] or [np.zeros(0, bool)])
@@ -163,10 +166,12 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     known = np.bincount(lease[valid], minlength=len(n))
     sums = np.bincount(lease[valid], rewards[valid], len(n))
     means = sums[known > 0] / known[known > 0]
+    believed = np.array([h.lease.alpha / (h.lease.alpha + h.lease.beta) for h in batch.leases])
+    unexpected = (1.0 + np.sign(np.abs(rewards - believed[lease])[valid] - 0.5)) / 2.0
     return {
         "rounds": float(batch.rounds),
         "leases": float(len(n)),
-        "useful": float(((means > 0) & (means < 1)).mean()) if len(means) else 0.0,
+        "useful": float(unexpected.mean()) if len(unexpected) else 0.0,
         "prompt_reward": float(means.mean()) if len(means) else 0.0,
         "fault_fraction": 1.0 - float(valid.sum()) / max(float(n.sum()), 1.0),
     }

@@ -88,6 +88,8 @@ def estimate(scores: np.ndarray) -> Estimate:
     if np.isin(scores, (0.0, 1.0)).all():
         ci = stats.binomtest(int(scores.sum()), count).proportion_ci(CONFIDENCE, method="wilson")
         return Estimate(mean=mean, low=float(ci.low), high=float(ci.high))
+    if count == 1:
+        return Estimate(mean=mean, low=0.0, high=1.0)
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * scores.std(ddof=1) / np.sqrt(count))
     return Estimate(mean=mean, low=max(mean - half, 0.0), high=min(mean + half, 1.0))
 

@@ -94,7 +94,9 @@ def _ess_and_tau(axes: Axes, history: Sequence[dict[str, Any]]) -> None:
     )
     useful = [(line["batch"] + 1, line["metrics"]["useful"]) for line in history if "useful" in line["metrics"]]
     if useful:
-        axes.plot(*zip(*useful, strict=True), color="#2ca02c", linewidth=1, alpha=0.7, label="useful groups (share)")
+        axes.plot(
+            *zip(*useful, strict=True), color="#2ca02c", linewidth=1, alpha=0.7, label="unexpected outcomes (share)"
+        )
     if ess:
         axes.plot(*zip(*ess, strict=True), color="#1f77b4", label="ESS fraction")
     axes.set_ylim(0, 1.25)  # the legend is above the curves

@@ -63,8 +63,8 @@ class Drawn:
         return self.alpha / (self.alpha + self.beta)
 
     def figures(self, actual: Drawn) -> dict[str, Any]:
-        """One row of the table; shares of rollouts. ``useful``: in groups with both outcomes, 1 - p^n - (1-p)^n at the
-        posterior mean; ``useful_posterior``: averaged over the posterior, which also counts how little is known;
+        """One row of the table; shares of rollouts. ``mixed``: in groups with both outcomes, 1 - p^n - (1-p)^n at the
+        posterior mean; ``mixed_posterior``: averaged over the posterior, which also counts how little is known;
         ``overlap``: of prompts, also in the actual draw."""
         share, p = self.n / max(self.n.sum(), 1), self.p
         return {
@@ -76,8 +76,8 @@ class Drawn:
             "distinct_prompts": len(self.index),
             "max_n": int(self.n.max(initial=0)),
             "mean_accuracy": float(share @ p),
-            "useful": float(share @ (1.0 - p**self.n - (1.0 - p) ** self.n)),
-            "useful_posterior": float(share @ both_outcomes(self.alpha, self.beta, self.n)),
+            "mixed": float(share @ (1.0 - p**self.n - (1.0 - p) ** self.n)),
+            "mixed_posterior": float(share @ both_outcomes(self.alpha, self.beta, self.n)),
             "hard": float(share @ (p < 0.1)),
             "easy": float(share @ (p > 0.9)),
             "overlap": float(np.isin(self.index, actual.index).mean()) if len(self.index) else 0.0,

@@ -25,9 +25,9 @@ GROUPS = {"accuracy": "accuracy", "size": "groups", "mean": "mean n", "min": "mi
 PROMPTS = {"prompt": "prompt", "level": "level", "accuracy": "accuracy", "alpha": "alpha", "beta": "beta"}
 PROMPTS |= {"visits": "visits", "text": "text"}
 DRAWS = {"batch": "batch", "who": "", "rollouts": "rollouts", "tau": "tau", "ess": "ESS"}
-DRAWS |= {"distinct_prompts": "prompts", "max_n": "max n", "mean_accuracy": "accuracy", "useful": "useful"}
-DRAWS |= {"useful_posterior": "(Beta)", "hard": "p<0.1", "easy": "p>0.9", "overlap": "same prompts"}
-SHARES = ("ess_fraction", "useful", "useful_posterior", "hard", "easy", "overlap")
+DRAWS |= {"distinct_prompts": "prompts", "max_n": "max n", "mean_accuracy": "accuracy", "mixed": "mixed"}
+DRAWS |= {"mixed_posterior": "(Beta)", "hard": "p<0.1", "easy": "p>0.9", "overlap": "same prompts"}
+SHARES = ("ess_fraction", "useful", "mixed", "mixed_posterior", "hard", "easy", "overlap")
 
 
 def main(argv: list[str]) -> int:
@@ -226,7 +226,7 @@ def _replay(args: argparse.Namespace) -> list[str]:
         + (" (older ones are not kept: curriculum.snapshot_every)" if first else "")
         + f"; {result.agrees} of {result.compared} committed ones agree with the history\n"
         "Every batch is drawn from the beliefs that the run had then, with its random numbers. Shares of rollouts "
-        "under those beliefs:\nuseful: in groups with both outcomes, at the posterior mean, and averaged over the "
+        "under those beliefs:\nmixed: in groups with both outcomes, at the posterior mean, and averaged over the "
         "posterior (Beta); p<0.1, p>0.9: on hard and easy prompts."
     ]
     parts += ["\n".join(f"note: {note}" for note in result.notes)] if result.notes else []

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from cures_ray.evaluation.scores import JudgedAnswer, score
 from cures_ray.loop.ports import GeneratorPort, VerifierPort, WorkerLost
 from cures_ray.loop.sample_log import SampleLog
-from cures_ray.messages import LeaseChunk, PromptRow, RunError
+from cures_ray.messages import ChunkSummary, LeaseChunk, PromptRow, RunError, VerdictChunk
 
 Metrics = dict[str, float]
 RETRIES = 5
@@ -27,6 +28,14 @@ class EvalPrompts(Protocol):
     def __len__(self) -> int: ...
 
     def row(self, index: int) -> PromptRow: ...
+
+
+@dataclass(slots=True)
+class Answered:
+    """What came back for some prompts."""
+
+    answers: list[list[JudgedAnswer]]  # of each prompt
+    versions: list[int] = field(default_factory=list)  # of the weights that answered: oldest and newest of each rollout
 
 
 class Evaluator:
@@ -63,31 +72,37 @@ class Evaluator:
         limit = asyncio.Semaphore(CHUNKS_IN_WORK)
         kinds = ["greedy", "sampled"] if self.samples_per_prompt else ["greedy"]
         metrics: Metrics = {"eval/version": float(version), **self._constants}
+        versions: list[int] = []
         for kind in kinds:
             chunks = np.array_split(np.arange(len(self.prompts)), -(-len(self.prompts) // CHUNK))
             tasks = [
-                self._score(version, i, index, kind == "greedy", generators, progress, limit)
+                self._judged(version, i, index, kind == "greedy", generators, progress, limit)
                 for i, index in enumerate(chunks)
             ]
-            scores = np.concatenate(await asyncio.gather(*tasks))
-            metrics |= {f"eval/{kind}_{name}": value for name, value in self._summaries(scores).items()}
+            answered = await asyncio.gather(*tasks)
+            answers = [answers for chunk in answered for answers in chunk.answers]
+            versions += [v for chunk in answered for v in chunk.versions]
+            metrics |= {f"eval/{name}": value for name, value in self._summaries(kind, answers).items()}
+        metrics |= {"eval/version_min": float(min(versions)), "eval/version_max": float(max(versions))}
         # a resumed run measures its start again
         self.history = [entry for entry in self.history if entry[0] != version]
         self.history.append((version, metrics))
         return metrics
 
-    def _summaries(self, scores: np.ndarray) -> Metrics:
-        """``scores``: mean reward per prompt, NaN where every verdict was a fault."""
-        result = {"accuracy": float(np.nanmean(scores)) if np.isfinite(scores).any() else 0.0}
-        result["faults"] = float(np.isnan(scores).sum())
-        if self.prompts.levels is not None:
-            by_level: dict[str, list[float]] = defaultdict(list)
-            for level, score in zip(self.prompts.levels, scores, strict=True):
-                by_level[f"{level:g}" if isinstance(level, float | np.floating) else str(level)].append(float(score))
-            result |= {f"accuracy/level_{k}": float(np.nanmean(v)) for k, v in by_level.items() if np.isfinite(v).any()}
-        return result
+    def _summaries(self, kind: str, answers: list[list[JudgedAnswer]]) -> Metrics:
+        """``answers``: of each prompt. A fault is not solved, and counted."""
+        scores = score(answers, levels=None if self.prompts.levels is None else list(self.prompts.levels))
+        result = {
+            f"{kind}_accuracy": scores.accuracy.mean,
+            f"{kind}_low": scores.accuracy.low,
+            f"{kind}_high": scores.accuracy.high,
+            f"{kind}_faults": float(scores.faults),
+        }
+        if kind == "greedy":
+            result |= {"truncated": scores.truncated_share, "completion_tokens": scores.tokens_mean}
+        return result | {f"{kind}_accuracy/level_{level}": mean for level, mean in scores.by_level.items()}
 
-    async def _score(
+    async def _judged(
         self,
         version: int,
         number: int,
@@ -96,19 +111,19 @@ class Evaluator:
         generators: Callable[[], list[GeneratorPort]],
         progress: Callable[[str], None],
         limit: asyncio.Semaphore,
-    ) -> np.ndarray:
-        """Mean reward of each prompt ``index`` [k]; a lost generator's go to another, as do those that failed."""
-        scores, todo = np.full(len(index), np.nan), np.arange(len(index))
+    ) -> Answered:
+        """The answers to each prompt ``index`` [k]; a lost generator's go to another, as do those that failed."""
+        answered, todo = Answered(answers=[[] for _ in index]), np.arange(len(index))
         async with limit:
             for attempt in range(RETRIES):
                 live = generators()
                 if live:
                     generator = live[(number + attempt) % len(live)]
                     with suppress(WorkerLost):
-                        todo = await self._answers(version, index, todo, greedy, generator, scores)
+                        todo = await self._answers(version, index, todo, greedy, generator, answered)
                         progress(f"evaluation: {len(index)} prompts answered")
                 if not len(todo):
-                    return scores
+                    return answered
                 await asyncio.sleep(2.0**attempt)
         raise RunError(
             f"evaluation: prompt {self.prompts.row(int(index[todo[0]])).prompt_id} could not be generated in {RETRIES} "
@@ -122,9 +137,9 @@ class Evaluator:
         todo: np.ndarray,
         greedy: bool,
         generator: GeneratorPort,
-        scores: np.ndarray,
+        answered: Answered,
     ) -> np.ndarray:
-        """Generate and judge the places ``todo`` of ``index``, write their ``scores``; the places that failed."""
+        """Generate and judge the places ``todo`` of ``index``, write what was ``answered``; the places that failed."""
         asked = index[todo]
         leases = LeaseChunk(
             lease_id=np.full(len(asked), -1, np.int64),
@@ -137,14 +152,30 @@ class Evaluator:
         )
         summary, payload = await generator.generate(leases)
         verdicts = await self.verifier.verify(payload, len(summary.completion_tokens))
-        owner = np.repeat(np.arange(len(asked)), summary.n)
-        valid = ~verdicts.fault & ~summary.failed[owner]
-        total = np.bincount(owner[valid], minlength=len(asked))
-        sums = np.bincount(owner[valid], verdicts.reward[valid], len(asked))
-        scores[todo] = np.where(total > 0, sums / np.maximum(total, 1), np.nan)
+        for place, answers in zip(todo.tolist(), _by_prompt(summary, verdicts), strict=True):
+            answered.answers[place] = answers
+        rollouts = ~np.repeat(summary.failed, summary.n)
+        answered.versions += [*summary.min_version[rollouts].tolist(), *summary.max_version[rollouts].tolist()]
         if greedy and self.samples is not None:
             shown = np.flatnonzero((asked < self.samples.count) & ~summary.failed)
             if len(shown):
                 rows = [self.prompts.row(int(i)) for i in asked[shown]]
                 await self.samples.write(version, rows, payload, shown.tolist(), verdicts)
         return todo[summary.failed]
+
+
+def _by_prompt(summary: ChunkSummary, verdicts: VerdictChunk) -> list[list[JudgedAnswer]]:
+    """The answers of each lease of a chunk; with graded rewards ``correct`` is the verdict's."""
+    flat = [
+        JudgedAnswer(reward=reward, correct=correct, fault=fault, tokens=tokens, truncated=truncated)
+        for reward, correct, fault, tokens, truncated in zip(
+            verdicts.reward.tolist(),
+            verdicts.correct.tolist(),
+            verdicts.fault.tolist(),
+            summary.completion_tokens.tolist(),
+            summary.truncated.tolist(),
+            strict=True,
+        )
+    ]
+    ends = np.cumsum(summary.n).tolist()
+    return [flat[end - n : end] for n, end in zip(summary.n.tolist(), ends, strict=True)]

@@ -11,6 +11,7 @@ from typing import Any
 from cures_ray.config import Config
 from cures_ray.data.table import PromptTable, check_disjoint, load_prompts, load_tokenizer
 from cures_ray.messages import ConfigError
+from cures_ray.run import trackers
 from cures_ray.run.folder import RunFolder, claim
 from cures_ray.verify.self_test import self_test
 
@@ -74,8 +75,7 @@ def _load(config: Config, test_verifier: bool) -> Inputs:
         check_disjoint(train, evaluation)
     elif config.eval.interval:
         notes.append("data.eval is not set: no held-out evaluation")
-    if config.logging.wandb and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("logging.wandb = true, but wandb is not installed: pip install wandb, or set it to false")
+    trackers.check(config)
     if config.model.lora is not None and importlib.util.find_spec("peft") is None:
         raise ConfigError("model.lora is set, but peft is not installed: pip install peft, or set it to null")
     if test_verifier:

@@ -1,12 +1,13 @@
-"""Where a run's numbers go: JSONL, TensorBoard, Weights & Biases, and one progress view on the terminal."""
+"""Where a run's numbers go: one progress view on the terminal, JSONL, TensorBoard, trackers (trackers.py), Ray."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from cures_ray.config import Config
+from cures_ray.run.trackers import trackers
 
 Metrics = dict[str, float]
 
@@ -45,34 +47,35 @@ NOTHING_TO_LEARN = {  # mean reward of a batch -> what its rollouts were, and wh
 SILENT_STEPS = 5  # batches in a row without one right, or one wrong, rollout before it is said
 
 
-class RunLog:
-    """The driver's Observer. Files are appended to, so that a resumed run continues its curves: from ``start``, the
-    step of its checkpoint, on (run/folder.py has moved later lines away)."""
+class Sink(Protocol):
+    """One place that a run's numbers go to."""
 
-    def __init__(self, config: Config, run_dir: Path, out: TextIO | None = None, *, start: int = 0) -> None:
-        self.run_dir, self.total = run_dir, config.trainer.steps
-        self._written = _measured(run_dir / "metrics.jsonl")
-        self._jsonl = (run_dir / "metrics.jsonl").open("a") if config.logging.jsonl else None
-        self._tensorboard = _tensorboard(run_dir, start) if config.logging.tensorboard else None
-        self._wandb = _wandb(config, run_dir) if config.logging.wandb else None
-        self._view = ProgressView(config.logging.progress, self.total, out or sys.stdout)
+    def step(self, step: int, metrics: Metrics, histograms: dict[str, np.ndarray]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RunLog:
+    """The driver's Observer: tells every sink. Files are appended to, so that a resumed run continues its curves: from
+    ``start``, the step of its checkpoint, on (run/folder.py has moved later lines away). ``sinks``: further ones."""
+
+    def __init__(
+        self, config: Config, run_dir: Path, out: TextIO | None = None, *, start: int = 0, sinks: Iterable[Sink] = ()
+    ) -> None:
+        chosen = config.logging
+        self.sinks: list[Sink] = [ProgressView(chosen.progress, config.trainer.steps, out or sys.stdout)]
+        if chosen.jsonl:
+            self.sinks.append(JsonLines(run_dir / "metrics.jsonl"))
+        if chosen.tensorboard:
+            self.sinks.append(TensorBoard(run_dir / "tensorboard", start))
+        self.sinks += [*trackers(config, run_dir), *sinks]
         self._silent = {0.0: 0, 1.0: 0}  # batch reward -> batches in a row with it
 
     def step(self, step: int, metrics: Metrics, histograms: dict[str, np.ndarray]) -> None:
-        if self._jsonl and (step, "rollout/reward" in metrics) not in self._written:
-            self._jsonl.write(json.dumps({"step": step, "time": time.time(), **_plain(metrics)}) + "\n")
-            self._jsonl.flush()
-        if self._tensorboard:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
-            for name, values in histograms.items():
-                if len(values):
-                    self._tensorboard.add_histogram(name, values, step)
-            _accuracy_picture(self._tensorboard, histograms, step)
-            self._tensorboard.flush()
-        if self._wandb:
-            self._wandb.log(_plain(metrics), step=step)
-        self._view.step(step, metrics)
+        for sink in self.sinks:
+            sink.step(step, metrics, histograms)
         self._warn(step, metrics.get("rollout/reward"))
 
     def _warn(self, step: int, reward: float | None) -> None:
@@ -85,17 +88,58 @@ class RunLog:
                 self.note(f"step {step}: every rollout of the last {SILENT_STEPS} batches was {what}. {advice}")
 
     def note(self, text: str) -> None:
-        self._view.note(text)
-        if self._jsonl:
-            self._jsonl.write(json.dumps({"time": time.time(), "note": text}) + "\n")
+        for sink in self.sinks:
+            sink.note(text)
 
     def close(self) -> None:
-        self._view.close()
-        for sink in (self._jsonl, self._tensorboard):
-            if sink:
-                sink.close()
-        if self._wandb:
-            self._wandb.finish()
+        for sink in self.sinks:
+            sink.close()
+
+
+class JsonLines:
+    """metrics.jsonl: a line a step and evaluation, and the notes."""
+
+    def __init__(self, path: Path) -> None:
+        self._written = _measured(path)
+        self._file = path.open("a")
+
+    def step(self, step: int, metrics: Metrics, histograms: dict[str, np.ndarray]) -> None:
+        if (step, "rollout/reward" in metrics) not in self._written:
+            self._line({"step": step, "time": time.time(), **_plain(metrics)})
+
+    def note(self, text: str) -> None:
+        self._line({"time": time.time(), "note": text})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _line(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+
+class TensorBoard:
+    """Curves, histograms and the picture of rollouts against accuracy."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+    def step(self, step: int, metrics: Metrics, histograms: dict[str, np.ndarray]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        for name, values in histograms.items():
+            if len(values):
+                self._writer.add_histogram(name, values, step)
+        _accuracy_picture(self._writer, histograms, step)
+        self._writer.flush()
+
+    def note(self, text: str) -> None:
+        return None
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class ProgressView:
@@ -111,7 +155,7 @@ class ProgressView:
             self._live = Live(console=Console(file=out), refresh_per_second=4)
             self._live.start()
 
-    def step(self, step: int, metrics: Metrics) -> None:
+    def step(self, step: int, metrics: Metrics, histograms: dict[str, np.ndarray]) -> None:
         self.latest = {**self.latest, **metrics, "step": float(step)}
         if "rollout/reward" not in metrics and "eval/greedy_accuracy" in metrics:
             return self.note(f"version {step}: held-out accuracy {metrics['eval/greedy_accuracy']:.3f}")
@@ -154,18 +198,6 @@ def _measured(path: Path) -> set[tuple[int, bool]]:
     """(step, of training) of the lines already in ``path``: a resumed run evaluates its first version again."""
     records = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return {(record["step"], "rollout/reward" in record) for record in records if "step" in record}
-
-
-def _tensorboard(run_dir: Path, start: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
-
-
-def _wandb(config: Config, run_dir: Path) -> Any:
-    import wandb  # optional dependency; preflight has checked that it imports
-
-    return wandb.init(project="cures-ray", dir=str(run_dir), config=config.model_dump())
 
 
 def _accuracy_picture(writer: Any, histograms: dict[str, np.ndarray], step: int) -> None:

@@ -8,6 +8,7 @@ from cures_ray.loop.evaluate import Evaluator
 from cures_ray.loop.ports import WorkerLost
 from cures_ray.loop.sample_log import SampleLog
 from cures_ray.messages import RunError
+from cures_ray.run.metric_table import metric_of
 
 
 def ready(fleet: FakeFleet):
@@ -35,13 +36,24 @@ async def test_the_draws_are_the_same_at_every_version():
     assert [version for version, _ in evaluator.history] == [1, 2]
 
 
-async def test_faults_are_counted_and_left_out_of_the_mean():
+async def test_a_fault_is_not_solved_and_is_counted():
     prompts = Prompts(20)
     prompts.accuracy[:] = 1.0
     verifier = FakeVerifier(fault_every=5)
     metrics = await Evaluator(prompts, verifier, samples_per_prompt=1)(0, ready(FakeFleet(prompts)))
-    assert metrics["eval/sampled_accuracy"] == 1.0
+    assert metrics["eval/sampled_accuracy"] == pytest.approx(0.8)
     assert metrics["eval/greedy_faults"] == 4
+
+
+async def test_intervals_lengths_and_the_versions_that_answered_are_reported_with_levels_of_any_type():
+    prompts = Prompts(40)
+    prompts.levels = np.array([f"Level {k % 3}" for k in range(40)])
+    metrics = await Evaluator(prompts, FakeVerifier(), samples_per_prompt=2)(3, ready(FakeFleet(prompts)))
+    assert metrics["eval/greedy_low"] < metrics["eval/greedy_accuracy"] < metrics["eval/greedy_high"]
+    assert metrics["eval/version_min"] == metrics["eval/version_max"] == 3
+    assert metrics["eval/completion_tokens"] > 0 and 0 <= metrics["eval/truncated"] <= 1
+    assert {key.rpartition("_")[2] for key in metrics if "greedy_accuracy/" in key} == {"Level 0", "Level 1", "Level 2"}
+    assert all(metric_of(key) for key in metrics)
 
 
 async def test_a_prompt_of_a_lost_generator_goes_to_another():

@@ -35,7 +35,7 @@ def test_a_lower_tau_lowers_the_ess_and_draws_prompts_nearer_to_one_half(tmp_pat
     own = result.totals(result.actual)
     assert low["ess"] < own["ess"] < high["ess"] and high["ess"] > 63
     assert low["tau"] == pytest.approx(0.01) and high["tau"] == pytest.approx(10)
-    assert low["useful_posterior"] > high["useful_posterior"]
+    assert low["mixed_posterior"] > high["mixed_posterior"]
     assert steered["ess"] < own["ess"]
     assert low["rollouts"] == high["rollouts"] == own["rollouts"]
 

@@ -30,8 +30,8 @@ def test_every_step_lands_in_jsonl_and_tensorboard_with_histograms(tmp_path):
 def test_the_progress_view_is_readable_when_output_is_a_file():
     out = io.StringIO()
     view = ProgressView("auto", 40, out)
-    view.step(0, {"eval/greedy_accuracy": 0.31})
-    view.step(1, RECORD)
+    view.step(0, {"eval/greedy_accuracy": 0.31}, {})
+    view.step(1, RECORD, {})
     view.note("generator-0 lost")
     text = out.getvalue()
     assert "\x1b" not in text
