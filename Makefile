@@ -1,4 +1,4 @@
-.PHONY: setup demo real test lint
+.PHONY: setup demo real test lint docs
 PY := .venv/bin/python
 
 setup:
@@ -15,3 +15,6 @@ test: setup
 
 lint: setup
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+docs: setup
+	@$(PY) -m mkdocs build --strict --quiet

@@ -14,6 +14,7 @@ BENCHMARKS = {  # subcommand -> (module with main(argv), or module:function; wha
         "benchmarks.research.plateau",
         "base models that have been trained to a plateau, for the collapse question",
     ),
+    "picture": ("benchmarks.research.readme_picture", "the README's picture, from the committed results"),
     "tables": ("benchmarks.harness.doc_tables", "the tables of the documents, from the committed results"),
     "map": ("benchmarks.research.map_picture", "one picture over several results: when the curriculum pays"),
     "show": ("benchmarks.harness.convergence:show", "tables and plots of a committed comparison"),

@@ -73,7 +73,7 @@ def test_loss_and_gradient_equal_plain_autograd_over_the_whole_batch(world):
 def test_the_benchmarks_learner_in_process_makes_the_same_updates(world):
     """Same batches, same weights after two AdamW steps with warm-up and clipping: DeepSpeed against torch."""
     settings = {"warmup_steps": 3, "adam_beta2": 0.999, "max_grad_norm": 0.5, "zero_stage": 1}
-    algo = {"loss": "clip", "is_correction": "none"}
+    algo = {"loss": "clip"}
     group = world.build(1, algo=algo, **settings)
     theirs = world.train(group)
     local = LocalLearner(world.config(1, algo=algo, **settings), Costs())
