@@ -84,6 +84,4 @@ def test_the_method_of_the_page_draws_what_was_practised_least(monkeypatch):
     drawn = [sorted({e.lease.prompt_index for e in run.step().entries}) for _ in range(3)]
     visited = sorted(index for batch in drawn for index in batch)
     assert visited == list(range(24)), "three batches of 8 visit each of 24 prompts once"
-        "three batches of 8 visit each of 24 prompts once"
-    )
     assert all(len(batch) == 8 for batch in drawn) and run.accounting.trained == 3 * 32
