@@ -265,7 +265,8 @@ class WeightsConfig(Section):
     """Longest time without progress in one transfer to one generator, seconds. Raise it on a slow network."""
     canary_tolerance: float | None = Field(None, gt=0)
     """How far a generator's log-probabilities may lie from the learner's after an update: mean over tokens, nats.
-    None: 3e-4 in float32, else 0.1. A generator beyond it gets no work until its weights are sent again."""
+    None: 3e-4 in float32, else 0.1. The weights of a generator beyond it are sent again once; a difference that
+    comes back ends the run."""
     canary_prompts: int = Field(4, ge=1)
     """Prompts on which the two are compared."""
 
@@ -281,6 +282,13 @@ class PlacementConfig(Section):
     """CPUs that Ray reserves for a generator; on a CPU machine also its threads."""
     verifier_cpus: float = Field(1.0, ge=0)
     """CPUs that Ray reserves for a verifier actor."""
+    learner_resources: dict[str, float] = {}
+    """Custom resources of Ray that each learner rank asks for. Set it to pin ranks to nodes that offer them, for instance
+    to keep them off nodes that may be preempted."""
+    generator_resources: dict[str, float] = {}
+    """The same for each generator."""
+    verifier_resources: dict[str, float] = {}
+    """The same for each verifier actor."""
     timeout_s: float = Field(30.0, gt=0)
     """How long to wait for the cluster to make room, seconds. Raise it where machines start on demand."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import shutil
 import signal
 import time
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster.adapters import RayFleet, RayLedger, RayVerifiers, answer
 from actors.cluster.placement import Placement, live_nodes
+from actors.cluster.probe import check_shared
 from actors.cluster.usage import CpuMeter
 from actors.generator import GeneratorActor
 from actors.learner import LearnerGroup
@@ -96,7 +99,8 @@ class RunSummary:
 
 
 def start_ray(config: Config) -> bool:
-    """Connect to the cluster of ``ray.address`` or RAY_ADDRESS, or start one here. True: started here."""
+    """Connect to the cluster of ``ray.address`` or RAY_ADDRESS, or start one here. True: started here. A cluster that
+    merely happens to run on this machine is never joined."""
     if ray.is_initialized():
         return False
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
@@ -104,7 +108,9 @@ def start_ray(config: Config) -> bool:
     if address:
         ray.init(address=address, **common)
         return False
+    _leave_no_token(config)
     own: dict[str, Any] = {
+        "address": "local",
         "num_cpus": config.ray.num_cpus,
         "num_gpus": config.ray.num_gpus,
         "include_dashboard": config.ray.dashboard,
@@ -118,6 +124,16 @@ def start_ray(config: Config) -> bool:
         ray.shutdown()
         ray.init(**own, **common)
     return True
+
+
+def _leave_no_token(config: Config) -> None:
+    """A Ray that starts here protects itself by a token. Without one it would write one into the home folder; every
+    later `ray start` would ask for it, while `ray job submit` would not send it (401). A token of this process' own
+    does as well; only Ray's dashboard needs one that a person can look up."""
+    kept = Path.home() / ".ray" / "auth_token"
+    named = any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if not (named or kept.exists() or config.ray.dashboard):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 @contextmanager
@@ -166,6 +182,11 @@ class Run:
     def __init__(self, config: Config, inputs: Inputs) -> None:
         self.config, self.inputs = config, inputs
         self.placement = Placement(config)
+        try:
+            check_shared(config, inputs.run_dir, self.placement.nodes())
+        except BaseException:
+            self.placement.remove()
+            raise
         self.log = RunLog(config, inputs.run_dir, start=step_of(inputs.resume) if inputs.resume else 0)
         self.shm = shm_folder(inputs.run_dir)
         self.actors: list[Any] = []
@@ -269,7 +290,10 @@ class Run:
 
     def _ledger(self) -> Any:
         inputs = self.inputs
-        actor = ray.remote(LedgerActor).options(num_cpus=0, max_restarts=-1, max_task_retries=0)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # beside its folder
+        actor = ray.remote(LedgerActor).options(
+            num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here
+        )
         folder = inputs.run_dir.resolve() / "ledger"
         write_prompts(folder, *curriculum_columns(self.config, inputs.train), inputs.train.columns["text"])
         session = uuid.uuid4().hex

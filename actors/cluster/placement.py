@@ -5,10 +5,15 @@ What cannot be placed fails with a table of wanted versus available, before any 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cures_ray.config import Config
@@ -38,6 +43,11 @@ def roles(config: Config, gpus_in_cluster: float) -> list[Role]:
         raise ConfigError("placement.use_gpu = yes, but the cluster has no GPU; use auto or no")
     gpu = placement.use_gpu != "no" and gpus_in_cluster > 0
     tensor_parallel = rollout.tensor_parallel_size
+    pins = {
+        "learner": placement.learner_resources,
+        "generator": placement.generator_resources,
+        "verifier": placement.verifier_resources,
+    }
     result = [_role("verifier", verifier.num_workers, placement.verifier_cpus, 0)]
     if gpu and placement.colocate:
         if tensor_parallel > 1:
@@ -53,7 +63,7 @@ def roles(config: Config, gpus_in_cluster: float) -> list[Role]:
             _role("learner", learner.num_ranks, learner.logical_cpus, 1 if gpu else 0),
             _role("generator", rollout.num_generators, placement.generator_cpus, tensor_parallel if gpu else 0),
         ]
-    return result
+    return [replace(role, bundle=role.bundle | pins[role.name]) for role in result]
 
 
 def _role(name: str, count: int, cpus: float, gpus: float) -> Role:
@@ -70,7 +80,10 @@ def wanted_table(wanted: list[Role], nodes: list[dict[str, float]]) -> str:
             lines.append(f"{role.name:<12}{role.count:>8}{cpu:>10g}{gpu:>10g}")
     for kind, values in (("wanted", _totals(wanted)), ("available", _sum(nodes))):
         lines.append(f"{kind + ' in all':<20}{values.get('CPU', 0):>10g}{values.get('GPU', 0):>10g}")
-    lines += [f"  node {i}: {n.get('CPU', 0):g} CPU, {n.get('GPU', 0):g} GPU" for i, n in enumerate(nodes)]
+    pins = sorted({k for role in wanted for k in role.bundle} - {"CPU", "GPU"})
+    for i, node in enumerate(nodes):
+        own = "".join(f", {node[k]:g} {k}" for k in pins if k in node)
+        lines.append(f"  node {i}: {node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU{own}")
     return "\n".join(lines)
 
 
@@ -138,6 +151,14 @@ class Placement:
         group = self._groups.get(role) or self._groups["learner"]
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index % group.bundle_count)
         return {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "scheduling_strategy": strategy}
+
+    def nodes(self) -> dict[str, list[str]]:
+        """The Ray node id of each bundle, by role. Colocated generators lie where the learner does."""
+        found = {}
+        for role in self.roles:
+            group = self._groups.get(role) or self._groups["learner"]
+            found[role] = list(placement_group_table(group)["bundles_to_node_id"].values())
+        return found
 
     def remove(self) -> None:
         for group in self._groups.values():

@@ -118,8 +118,15 @@ def _bench(argv: list[str]) -> int:
     return bench(argv)
 
 
+def _submit(argv: list[str]) -> int:
+    from actors.commands.submit import main as submit
+
+    return submit(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train from a configuration"),
+    "submit": (_submit, "train as a job on a Ray cluster"),
     "prepare": (_prepare, "make a synthetic task and a small base model, or get a real one: prepare smollm2"),
     "eval": (_eval, "held-out accuracy of a model folder, with plain vLLM"),
     "export": (_export, "the model of a checkpoint as a Hugging Face folder"),

@@ -13,6 +13,7 @@ from cures_ray.data.table import PromptTable, check_disjoint, load_prompts, load
 from cures_ray.messages import ConfigError
 from cures_ray.run import trackers
 from cures_ray.run.folder import RunFolder, claim
+from cures_ray.run.paths import check_job_paths
 from cures_ray.verify.self_test import self_test
 
 
@@ -40,6 +41,7 @@ def prepare_inputs(config: Config, *, claim_run_dir: bool = True, test_verifier:
     changed only when everything else is right."""
     if not claim_run_dir:
         return _load(config, test_verifier)
+    check_job_paths(config)  # before a folder is made in the wrong place
     folder = claim(Path(config.checkpoint.dir), config)
     try:
         inputs = _load(config, test_verifier)
@@ -65,6 +67,7 @@ def _load(config: Config, test_verifier: bool) -> Inputs:
             raise ConfigError(f"{key} is not set; write it in the configuration or pass {key}=...")
     notes: list[str] = []
     run_dir = Path(config.checkpoint.dir)
+    check_job_paths(config)
     tokenizer = load_tokenizer(config.model)
     train = load_prompts(config.data, tokenizer, "train")
     notes.append(f"train: {train.report}")
