@@ -13,6 +13,7 @@ from actors.weights.canary import engine_dtype
 from cures_ray.config import Config
 from cures_ray.messages import ConfigError
 
+ALONE_SHARE, COLOCATED_SHARE = 0.85, 0.45  # of a GPU's memory, for the engine that has it alone or beside a learner
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
@@ -73,8 +74,13 @@ def engine_arguments(config: Config, model_path: str, gpu: bool) -> dict[str, An
         "disable_log_stats": True,
         **trust,
     }
+    if rollout.tensor_parallel_size > 1:
+        # Inside a placement group vLLM would take Ray and one bundle a GPU; this actor's bundle holds all its GPUs.
+        arguments["distributed_executor_backend"] = "mp"
     if gpu:
-        return arguments | {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+        shared = config.placement.colocate
+        share = rollout.gpu_memory_utilization or (COLOCATED_SHARE if shared else ALONE_SHARE)
+        return arguments | {"gpu_memory_utilization": share, "enable_sleep_mode": shared}
     mib = rollout.kv_cache_mib or kv_cache_mib(hf, config, length, free_memory_mib())
     return arguments | {
         "kv_cache_memory_bytes": mib << 20,

@@ -76,6 +76,7 @@ class GeneratorActor:
         self._engine: AsyncLLM
         self._tokenizer: Any = None
         self._max_model_len = 0
+        self._may_sleep = False  # shares its GPU with a learner rank
         self._failure = ""  # why this generator may not be used any more
         self._proven = asyncio.Event()  # cleared while weights are loaded and not yet proven
         self._proven.set()
@@ -109,11 +110,25 @@ class GeneratorActor:
 
         arguments = engine_arguments(self.config, self.model_path, gpu)
         self._max_model_len = arguments["max_model_len"]
+        self._may_sleep = arguments.get("enable_sleep_mode", False)
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self._tokenizer = self._engine.get_tokenizer()
         await self._engine.update_weight_version(str(self.version))
         self._watch = asyncio.create_task(self._exit_with_engine())
         return time.monotonic() - began
+
+    async def sleep(self) -> None:
+        """Leave the GPU's memory to a colocated learner: weights go to host memory, the cache is given up, requests
+        keep their place. An engine that shares no GPU goes on."""
+        if self._may_sleep:
+            async with self._syncing:
+                await self._engine.sleep(level=1, mode=PAUSE_MODE)
+
+    async def wake(self) -> None:
+        """Take the memory again; requests in flight compute their cache again and go on."""
+        if self._may_sleep:
+            async with self._syncing:
+                await self._engine.wake_up()
 
     async def close(self) -> None:
         """End the engine's process."""

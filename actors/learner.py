@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,6 @@ from actors.learner_rank import LearnerRank
 from cures_ray.config import Config
 from cures_ray.messages import RunError, StepReport, TrainingBatch, WeightUpdate
 
-START_SECONDS = 600.0  # imports, rendezvous, loading a model
-
 
 class LearnerGroup:
     """Starts ``learner.num_ranks`` ranks and gives every call to all of them.
@@ -26,9 +26,15 @@ class LearnerGroup:
     RunError that names it: its optimizer shard is gone, so the way on is ``restart`` from the last checkpoint.
     """
 
-    def __init__(self, config: Config, options: list[dict[str, Any]]) -> None:
-        """``options``: Ray actor options of each rank, see actors.cluster.placement."""
-        self.config, self._options = config, options
+    def __init__(
+        self,
+        config: Config,
+        options: list[dict[str, Any]],
+        alone: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+    ) -> None:
+        """``options``: Ray actor options of each rank, see actors.cluster.placement. ``alone``: entered while the ranks
+        train, for those who share their GPUs (actors.cluster.colocate)."""
+        self.config, self._options, self._alone = config, options, alone
         self.parameters = 0
         self.ranks: list[Any] = []
         self._start_ranks()
@@ -44,14 +50,14 @@ class LearnerGroup:
         """Bring all ranks up; ``resume`` is a folder that ``save`` wrote.
 
         Raises:
-            RunError: a rank failed or was not up within 10 minutes.
+            RunError: a rank failed or was not up within rollout.start_timeout_s.
             ConfigError: ``resume`` belongs to another learner.
         """
         self._publication = (shm, backend, canary)
-        addresses = await self._gather("address", seconds=START_SECONDS)
+        addresses = await self._gather("address", seconds=self.config.rollout.start_timeout_s)
         ranks_on_node = Counter(address for address, _ in addresses)
         joins = [(*addresses[0], ranks_on_node[address]) for address, _ in addresses]
-        await self._gather("join", of_rank=joins, seconds=START_SECONDS)
+        await self._gather("join", of_rank=joins, seconds=self.config.rollout.start_timeout_s)
         await self.build(self.config, shm, backend, canary, resume)
 
     async def restart(self, resume: Path | None) -> None:
@@ -70,11 +76,14 @@ class LearnerGroup:
     ) -> None:
         """Model and engine; again for other settings on the same ranks, as ``start`` for the first time."""
         self.config, self._publication = config, (shm, backend, canary)
-        counts = await self._gather("build", config, shm, backend, canary, resume, seconds=START_SECONDS)
+        counts = await self._gather(
+            "build", config, shm, backend, canary, resume, seconds=self.config.rollout.start_timeout_s
+        )
         self.parameters = counts[0]
 
     async def train(self, batch: TrainingBatch) -> StepReport:
-        reports: list[StepReport] = await self._gather("train", batch)
+        async with self._alone():
+            reports: list[StepReport] = await self._gather("train", batch)
         statistics = sorted((s for r in reports for s in r.gradient_statistics), key=lambda s: s.lease_id)
         return replace(reports[0], gradient_statistics=tuple(statistics))
 

@@ -87,8 +87,8 @@ class RolloutConfig(Section):
     """Longest answer. Raise it when many answers are cut off (`rollout/truncated`)."""
     stop: list[str] = []
     """Texts that end an answer, besides the model's own end token."""
-    gpu_memory_utilization: float = Field(0.85, gt=0, lt=1)
-    """Share of a GPU's memory that vLLM takes. Lower it when generators and learner share GPUs."""
+    gpu_memory_utilization: float | None = Field(None, gt=0, lt=1)
+    """Share of a GPU's memory that vLLM takes. None: 0.85, or 0.45 where generators and learner share GPUs."""
     kv_cache_mib: int | None = Field(None, ge=16)
     """Size of the key-value cache on a CPU, MiB. None: from the model and the free memory. GPUs ignore it."""
     max_concurrent_rollouts: int = Field(256, ge=1)
@@ -99,6 +99,9 @@ class RolloutConfig(Section):
     """Of the engine's weights. `auto` follows `learner.dtype`, so that both compute the same probabilities."""
     timeout_s: float = Field(600.0, gt=0)
     """Deadline of one lease, seconds. Raise it when long answers are lost to it."""
+    start_timeout_s: float = Field(1800.0, gt=0)
+    """How long an engine or a learner rank may take to start, seconds. Raise it where the model's first download takes
+    longer."""
 
 
 class AlgoConfig(Section):

@@ -138,28 +138,41 @@ class RayGenerator:
     async def _answer(self, ref: Any) -> Any:
         return await answer(ref, f"generator {self.name}", self.timeout_s + MARGIN_S)
 
+    async def sleep(self) -> None:
+        await answer(self.handle.sleep.remote(), f"generator {self.name}", self.timeout_s + MARGIN_S)
+
+    async def wake(self) -> None:
+        await answer(self.handle.wake.remote(), f"generator {self.name}", self.timeout_s + MARGIN_S)
+
 
 class RayFleet:
     """FleetPort: starts generators and replaces the dead, within a budget.
 
     Args:
         start: makes the actor of index i and returns its handle; the actor has a ``start`` method to await.
+        start_timeout_s: of that method; a first download of the model is in it.
     """
 
-    def __init__(self, start: Callable[[int], Any], timeout_s: float, restarts: int = 20) -> None:
+    def __init__(
+        self, start: Callable[[int], Any], timeout_s: float, restarts: int = 20, start_timeout_s: float = 1800.0
+    ) -> None:
         self._start, self.timeout_s, self._restarts = start, timeout_s, restarts
         self.members: dict[str, RayGenerator] = {}
+        self._start_timeout_s = start_timeout_s
 
-    async def launch(self, count: int, start_timeout_s: float = 300.0) -> None:
-        await asyncio.gather(*(self._add(i, start_timeout_s) for i in range(count)))
+    async def launch(self, count: int) -> None:
+        await asyncio.gather(*(self._add(i) for i in range(count)))
 
-    async def _add(self, index: int, start_timeout_s: float = 300.0) -> RayGenerator:
+    async def _add(self, index: int) -> RayGenerator:
         name = f"generator-{index}"
         handle = self._start(index)
         try:
-            await answer(handle.start.remote(), name, start_timeout_s)
+            await answer(handle.start.remote(), name, self._start_timeout_s)
         except WorkerLost as error:
-            raise RunError(f"{name} did not start: {error}; its log is in Ray's session folder") from error
+            raise RunError(
+                f"{name} did not start: {error}; its log is in Ray's session folder. A model that is still being "
+                f"downloaded needs a longer rollout.start_timeout_s"
+            ) from error
         self.members[name] = RayGenerator(name, handle, self.timeout_s)
         return self.members[name]
 

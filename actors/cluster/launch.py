@@ -11,8 +11,9 @@ import signal
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster.adapters import RayFleet, RayLedger, RayVerifiers, answer
+from actors.cluster.colocate import asleep
 from actors.cluster.placement import Placement, live_nodes
 from actors.cluster.probe import check_shared
 from actors.cluster.usage import CpuMeter
@@ -251,8 +253,9 @@ class Run:
         """Generators, learner and verifiers start side by side; the ledger last, when everything stands."""
         config, inputs = self.config, self.inputs
         options = [self.placement.options("learner", rank) for rank in range(config.learner.num_ranks)]
-        learner = self.learner = LearnerGroup(config, options)
-        fleet = RayFleet(self._generator, config.rollout.timeout_s)
+        fleet = RayFleet(self._generator, config.rollout.timeout_s, start_timeout_s=config.rollout.start_timeout_s)
+        alone = partial(asleep, fleet.members.values) if config.placement.colocate else nullcontext
+        learner = self.learner = LearnerGroup(config, options, alone)
         verifiers = [self._verifier(i) for i in range(config.verifier.num_workers)]
         resume = inputs.resume / "learner" if inputs.resume else None
         canary = [inputs.train.row(i).token_ids for i in range(min(config.weights.canary_prompts, len(inputs.train)))]
