@@ -95,6 +95,7 @@ def placement_report(config: Config) -> str:
 
     node = {"CPU": float(config.ray.num_cpus or os.cpu_count() or 1), "GPU": float(_local_gpus(config))}
     wanted = roles(config, node["GPU"])
+    node = {key: float("inf") for role in wanted for key in role.bundle} | node  # custom ones: the cluster is asked
     if config.placement.use_gpu == "auto" and not node["GPU"] and config.learner.dtype == "bfloat16":
         hint = "ray.num_gpus=K plans for a machine with K GPUs"
         print(f"\nplacement.use_gpu = auto found no GPU here; this is the layout on CPUs ({hint})")

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from actors.commands.dry_run import dry_run
+from cures_ray.config import Config
 from cures_ray.config_load import load_config
 from cures_ray.messages import ConfigError
 
@@ -20,6 +21,7 @@ def test_every_committed_config_parses_and_dry_runs(path):
 def test_the_committed_configs_are_the_four_that_the_documents_name():
     names = {p.stem for p in CONFIGS}
     assert {"demo", "qwen2.5-math-1.5b-8gpu", "qwen2.5-math-7b-8gpu", "two-node"} <= names
+    assert "qwen2.5-math-1.5b-8gpu-default" in names
 
 
 @pytest.mark.parametrize("size", ["1.5b", "7b"])
@@ -31,6 +33,20 @@ def test_the_paper_configs_hold_the_paper_settings(size):
     assert (config.learner.lr, config.learner.lr_schedule, config.algo.advantage) == (1e-6, "constant", "grpo")
     gpus = config.rollout.num_generators * config.rollout.tensor_parallel_size + config.learner.num_ranks
     assert gpus == 8 and config.trainer.steps == c.subsets * c.subset_steps
+
+
+@pytest.mark.parametrize("size", ["1.5b", "7b"])
+def test_the_paper_configs_have_ten_thousand_prompts_a_subset(size):
+    config = load_config(next(p for p in CONFIGS if p.stem == f"qwen2.5-math-{size}-8gpu"))
+    assert config.data.max_train_prompts == 10_000 * config.curriculum.subsets
+
+
+def test_the_config_to_start_from_is_the_default_method():
+    config = load_config(next(p for p in CONFIGS if p.stem == "qwen2.5-math-1.5b-8gpu-default"))
+    size = {"prompts_per_step", "rollouts_per_step"}
+    assert config.curriculum.model_dump(exclude=size) == Config().curriculum.model_dump(exclude=size)
+    assert config.algo == Config().algo and config.curriculum.rollouts_per_step == config.curriculum.prompts_per_step
+    assert config.rollout.num_generators + config.learner.num_ranks == 8
 
 
 def test_the_two_node_config_spreads_sixteen_gpus():
