@@ -28,6 +28,7 @@ BENCHMARKS = {  # subcommand -> (module with main(argv), or module:function; wha
     "control-plane": ("benchmarks.micro.control_plane", "rollouts/s and CPU of driver, ledger and the actors around"),
     "verifier": ("benchmarks.micro.verifier", "verdicts per second"),
     "weight-sync": ("benchmarks.micro.weight_sync", "weights from the learner to the generators"),
+    "weight-nodes": ("benchmarks.micro.weight_nodes", "weights to the generators of another node"),
     "lora": ("benchmarks.micro.lora", "memory and seconds of LoRA against full training"),
     "gradient-stats": ("benchmarks.micro.gradient_stats", "cost of the output-layer statistics"),
 }

@@ -2,8 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -11,13 +16,14 @@ from tiny_model import CHARACTERS, write_tiny_model
 from transformers import AutoModelForCausalLM
 from two_nodes import two_node_cluster
 
+from actors.cluster.probe import check_shared
 from actors.generator import GeneratorActor
 from actors.weights import object_store
 from actors.weights.backend import Node, Settings, road
 from actors.weights.shm import PREFIX, SHM_ROOT
 from actors.weights.stream import Source
 from cures_ray.config import Config
-from cures_ray.messages import WeightUpdate
+from cures_ray.messages import ConfigError, WeightUpdate
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 ON_FIRST, ON_SECOND = {"num_cpus": 0.1, "resources": {"first": 1}}, {"num_cpus": 0.1, "resources": {"second": 1}}
@@ -172,3 +178,60 @@ def test_an_engine_on_the_other_node_proves_weights_from_the_object_store_and_by
         assert report.version == version and report.canary_max_error < 1e-4
     assert len(CHARACTERS) > 40 - 3  # the canary's tokens are tokens of the model
     object_store.end()
+
+
+# -- files that nodes must share -------------------------------------------------------------------------------------
+
+
+def may_unshare() -> bool:
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def blind_node(cluster, tmp_path):
+    """A third node that sees an empty folder where the run's folder is, as a node without the shared mount does."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    ray_command = f"{os.path.dirname(sys.executable)}/ray start --address {cluster.address} --num-cpus 1 --block"
+    script = f"mount -t tmpfs none {folder} && exec {ray_command}"
+    known = {n["NodeID"] for n in ray.nodes()}
+    process = subprocess.Popen(["unshare", "--mount", "sh", "-c", script], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (new := [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in known]):
+        assert time.monotonic() < deadline, "the third node did not join"
+        time.sleep(0.5)
+    yield folder, new[0]
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    process.wait(timeout=30)
+    for child in children:
+        with suppress(psutil.Error):
+            child.kill()
+
+
+@pytest.mark.skipif(not may_unshare(), reason="needs a mount namespace of its own (root, or a kernel that allows it)")
+def test_a_node_that_does_not_share_the_runs_files_is_named_with_role_and_key(cluster, blind_node):
+    folder, blind = blind_node
+    (folder / "model").mkdir()
+    (folder / "reward.py").write_text("")
+    (folder / "run").mkdir()
+    config = Config.model_validate(
+        {
+            "model": {"path": str(folder / "model")},
+            "verifier": {"fn": f"{folder}/reward.py:score"},
+            "checkpoint": {"dir": str(folder / "run")},
+        }
+    )
+    second = next(n["NodeID"] for n in ray.nodes() if n["Alive"] and "second" in n["Resources"])
+    roles = ("learner", "generator", "verifier")
+    check_shared(config, folder / "run", {role: [second] for role in roles})  # it sees everything
+    with pytest.raises(ConfigError) as caught:
+        check_shared(config, folder / "run", {role: [second, blind] for role in roles})
+    message = str(caught.value)
+    assert f"checkpoint.dir = {folder}/run is not the same folder there" in message
+    assert (
+        f"model.path = {folder}/model does not exist there" in message and "(generator, learner, verifier)" in message
+    )
+    assert f"verifier.fn = {folder}/reward.py does not exist there" in message
+    check_shared(config, folder / "run", {"verifier": [second]})
+    assert list((folder / "run").iterdir()) == []  # no probe is left
