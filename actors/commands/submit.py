@@ -50,11 +50,11 @@ def connect(address: str) -> Any:
     Raises:
         ConfigError: nobody answers there.
     """
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
-    from ray.job_submission import JobSubmissionClient
-
-    if "RAY_AUTH_MODE" not in os.environ and AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+    named = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if "RAY_AUTH_MODE" not in os.environ and (named or (Path.home() / ".ray" / "auth_token").exists()):
         os.environ["RAY_AUTH_MODE"] = "token"  # `ray start` asks for it wherever a token lies in the home folder
+    from ray.job_submission import JobSubmissionClient  # reads the mode when it is imported
+
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:

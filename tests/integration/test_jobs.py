@@ -186,7 +186,10 @@ def test_a_plain_job_with_relative_paths_is_refused_with_the_reason(cluster, pro
         cluster, "submit", "--working-dir", str(copy), "--", *train, f"checkpoint.dir={project}/other", cwd=project
     )
     assert missing.returncode == 1
-    assert "model.path = base/model does not exist" in missing.stdout and "git ignores is not copied" in missing.stdout
+    assert (
+        "data.train = base/train.jsonl does not exist" in missing.stdout
+        and "git ignores is not copied" in missing.stdout
+    )
     assert not (project / "other").exists()
 
 
