@@ -47,9 +47,10 @@ class Cluster:
         self.environment = {k: v for k, v in os.environ.items() if k not in foreign}
         self.environment |= {"HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.temp = tempfile.mkdtemp(prefix="cj", dir="/tmp")  # short: paths of sockets
+        session = f"{self.temp}/ray"  # what RAY_TMPDIR makes of it
         dashboard, self.port = free_port(), free_port()
         self.address = f"http://127.0.0.1:{dashboard}"
-        command = [RAY, "start", "--head", "--block", "--port", str(self.port), "--temp-dir", self.temp]
+        command = [RAY, "start", "--head", "--block", "--port", str(self.port), "--temp-dir", session]
         command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--num-cpus", "4"]
         command += ["--object-store-memory", str(200 << 20), "--dashboard-agent-listen-port", str(free_port())]
         command += ["--ray-client-server-port", str(free_port())]
