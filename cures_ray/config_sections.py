@@ -286,8 +286,8 @@ class PlacementConfig(Section):
     verifier_cpus: float = Field(1.0, ge=0)
     """CPUs that Ray reserves for a verifier actor."""
     learner_resources: dict[str, float] = {}
-    """Custom resources of Ray that each learner rank asks for. Set it to pin ranks to nodes that offer them, for instance
-    to keep them off nodes that may be preempted."""
+    """Custom resources of Ray that each learner rank asks for. Set it to pin ranks to nodes that offer them, for
+    instance to keep them off nodes that may be preempted."""
     generator_resources: dict[str, float] = {}
     """The same for each generator."""
     verifier_resources: dict[str, float] = {}

@@ -67,11 +67,11 @@ def connect(address: str) -> Any:
 def submit(client: Any, config: Config, python: str = sys.executable) -> str:
     """Submit ``config`` with absolute paths; the job's id. Only the configuration is uploaded: code comes from
     ``python``'s environment, which every node must have."""
-    tree = config.model_dump(mode="json", exclude_defaults=True)
+    tree = config.model_dump(mode="json")
     for key, path in absolute_paths(config).items():
         section, name = key.split(".")
-        tree.setdefault(section, {})[name] = path
-    tree.setdefault("ray", {}).pop("address", None)  # a job knows its cluster
+        tree[section][name] = path
+    tree["ray"]["address"] = None  # a job knows its cluster
     with tempfile.TemporaryDirectory(prefix="cures-submit-") as folder:
         (Path(folder) / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
         command = f"exec {shlex.quote(python)} -m actors.commands.cli train config.yaml"

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from actors.commands.submit import submit
 from cures_ray.config import Config
+from cures_ray.config_load import load_config
 from cures_ray.messages import ConfigError
 from cures_ray.run.paths import JOB_VARIABLE, absolute_paths, check_job_paths, in_ray_job
 
@@ -66,3 +68,26 @@ def test_submitting_makes_paths_absolute_and_leaves_hub_names(tmp_path, monkeypa
         "verifier.fn": f"{tmp_path}/reward.py:score",
         "checkpoint.dir": str(tmp_path / "runs/default"),
     }
+
+
+@pytest.mark.parametrize("method", ["cures", "uniform", "gvm", "dapo"])
+def test_what_is_submitted_is_the_same_configuration_with_absolute_paths(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pilots = {"pilot_rollouts": 4} if method == "gvm" else {}
+    sizes = {"prompts_per_step": 8, "rollouts_per_step": 64}
+    own = config(curriculum={"method": method, **sizes, **pilots}, ray={"address": "auto"}, learner={"lr": 2e-6})
+    sent = {}
+
+    class Client:
+        def submit_job(self, entrypoint: str, runtime_env: dict) -> str:
+            sent["command"] = entrypoint
+            sent["config"] = load_config(Path(runtime_env["working_dir"]) / "config.yaml", [])
+            sent["stop"] = int(runtime_env["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"])
+            return "job-1"
+
+    assert submit(Client(), own, "/opt/venv/bin/python") == "job-1"
+    assert sent["command"] == "exec /opt/venv/bin/python -m actors.commands.cli train config.yaml"
+    assert sent["stop"] >= 60
+    expected = own.model_dump(mode="json")
+    expected["ray"]["address"], expected["checkpoint"]["dir"] = None, str(tmp_path / "runs/default")
+    assert sent["config"].model_dump(mode="json") == expected
