@@ -25,7 +25,7 @@ from cures_ray.synthetic.base_model import main as prepare
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 40
+STEPS = 5000  # more than a test waits for: the job is stopped in the middle
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -155,9 +155,10 @@ def test_a_job_is_submitted_stopped_with_a_checkpoint_and_continued_by_submittin
     assert any("GeneratorActor" in title for title in cluster.actors())
     log = jobs(cluster, "logs", job, cwd=project).stdout
     assert "all actors are up" in log and "step" in log  # the progress of the run
-    assert jobs(cluster, "stop", job, cwd=project).returncode == 0
-    while "STOPPED" not in jobs(cluster, "status", job, cwd=project).stdout:
-        assert time.monotonic() < deadline + 60
+    jobs(cluster, "stop", job, cwd=project)
+    deadline = time.monotonic() + 120
+    while "STOPPED" not in (said := jobs(cluster, "status", job, cwd=project).stdout):
+        assert time.monotonic() < deadline, said
         time.sleep(1.0)
     done = steps(project)
     assert 2 <= len(done) < STEPS  # it was stopped in the middle
