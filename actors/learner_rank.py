@@ -165,7 +165,7 @@ class LearnerRank:
             info=info,
             canary_token_ids=tuple(self._canary),
             canary_logprobs=tuple(logprobs),
-            kept=info["backend"] in ("shm", "object_store"),
+            kept=self._publisher.kept,
         )
 
     def save(self, folder: Path) -> None:

@@ -52,7 +52,10 @@ class Node:
 
 
 class Publisher(Protocol):
-    """The learner's side, one on every rank. Keeps what the generators still read: the last two versions."""
+    """The learner's side, one on every rank. ``kept``: it keeps the last two versions for generators that still read
+    them; False: only the last."""
+
+    kept: bool
 
     def publish(self, source: Source, version: int) -> Info:
         """Make the weights available; a collective over the learner's ranks. Rank 0's answer counts: the ``backend``,

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 
 class Publisher:
+    kept = True
+
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._held: dict[int, list[Tensor]] = {}  # version -> chunks in host memory

@@ -23,6 +23,8 @@ KINDS, DTYPE, DEVICE = (0, 4), 5, 6  # places among rebuild_cuda_tensor's argume
 
 
 class Publisher:
+    kept = False
+
     def __init__(self, settings: Settings) -> None:
         self._held: list[Tensor] = []
 

@@ -33,6 +33,8 @@ AHEAD = 8  # chunks that travel while one is written
 
 
 class Publisher:
+    kept = True
+
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._token = uuid.uuid4().hex[:12]  # versions count anew where a learner starts anew

@@ -26,6 +26,8 @@ PREFIX = "cures-ray"
 
 
 class Publisher:
+    kept = True
+
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 

@@ -171,7 +171,7 @@ def test_an_engine_on_the_other_node_proves_weights_from_the_object_store_and_by
     )
     learner = ray.remote(Learner).options(**ON_FIRST).remote(path)
     options = ON_SECOND | {"max_concurrency": 1000}
-    generator = ray.remote(GeneratorActor).options(**options).remote("generator-0", settings, path)
+    generator = ray.remote(GeneratorActor).options(**options).remote("generator-0", settings, path, {})
     ray.get(generator.start.remote())
     for version, backend in enumerate(("object_store", "gloo", "object_store"), start=1):
         report = ray.get(generator.update_weights.remote(ray.get(learner.update.remote(backend, version))))

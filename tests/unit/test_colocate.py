@@ -58,7 +58,7 @@ class Engine:
 
 
 def generator(log: list, name: str, may_sleep: bool = True) -> GeneratorActor:
-    actor = GeneratorActor(name, Config(), "model")
+    actor = GeneratorActor(name, Config(), "model", {})
     actor._engine, actor._may_sleep = Engine(log, name), may_sleep
     return actor
 
