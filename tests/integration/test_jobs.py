@@ -117,7 +117,7 @@ def project(tmp_path_factory):
     tree = {
         "model": {"path": "base/model"},
         "data": {"train": "base/train.jsonl", "eval": "base/eval.jsonl", "max_prompt_tokens": 48},
-        "curriculum": {"prompts_per_step": 8, "rollouts_per_step": 32, "n_min": 2, "n_max": 8},
+        "curriculum": {"prompts_per_step": 8, "rollouts_per_step": 32},
         "rollout": {"max_new_tokens": 48, "timeout_s": 60.0},
         "learner": {"lr": 1e-3, "dtype": "float32", "cpus_per_rank": 0.5},
         "placement": {"generator_cpus": 0.5, "verifier_cpus": 0.5, "use_gpu": "no", "timeout_s": 120},
