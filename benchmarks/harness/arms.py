@@ -271,22 +271,6 @@ def split_arm(label: str) -> tuple[str, str, Overrides]:
     return arm, control, extra
 
 
-def display(label: str) -> str:
-    """A short name for pictures: the batch shape where the label changes it, and other changes without section;
-    the learning rate and its warm-up are in the tables."""
-    name, _, changes = split_arm(label)
-    arm = name if label.split("@")[0] in ARMS else label.split("@")[0]
-    values = COMMON | ARMS[name] | changes
-    shape = {"curriculum.prompts_per_step", "curriculum.rollouts_per_step"}
-    parts = [arm]
-    if shape & set(changes):
-        m, n = values["curriculum.prompts_per_step"], values["curriculum.rollouts_per_step"]
-        parts.append(f"{m} × {n / m:g}")
-    hidden = shape | {"learner.lr", "learner.warmup_steps"}
-    parts += [f"{key.split('.')[-1]} {value}" for key, value in changes.items() if key not in hidden]
-    return ", ".join(parts)
-
-
 def arm_config(
     label: str, *, task: str, variant: str, seed: int, budget: int, base: str, run_dir: str, extra: Overrides
 ) -> Config:

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness.analysis import analyse, by_arm
+from benchmarks.harness.names import display
 from benchmarks.harness.report import result_figures, table
 from benchmarks.harness.results_file import RESULTS
 from benchmarks.harness.runs import comparison_of, runs_of
@@ -91,7 +92,7 @@ def render(name: str, spec: str, folder: Path = RESULTS) -> str:
         if arm not in source.seeds:
             known = ", ".join(source.seeds)
             raise ConfigError(f"table {name}: {other or name} has no finished run of {arm!r}; it has {known}")
-        rows.append([title or arm, *(cell(source, arm, key) for key in keys)])
+        rows.append([title or display(arm), *(cell(source, arm, key) for key in keys)])
     return table(["arm", *heads], rows)
 
 

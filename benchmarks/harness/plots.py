@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.harness.analysis import GEN_TO_TRAIN, ArmFigures, Record, by_arm, curves
-from benchmarks.harness.arms import display
 from benchmarks.harness.cell import COST_AXES
+from benchmarks.harness.names import display
 from benchmarks.harness.statistics import band
 
 DPI = 110

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cli
-from benchmarks.harness.arms import ARMS, CONTROLS, HEADLINE, LEARNING_RATES, arm_config, display, split_arm
+from benchmarks.harness.arms import ARMS, CONTROLS, HEADLINE, LEARNING_RATES, arm_config, split_arm
 from benchmarks.harness.cell import COST_AXES, Spec, code_digest, config_of, full_marks, join_curve
 from benchmarks.harness.compare import compare, less_is_better
 from benchmarks.harness.convergence import make_specs, parser, write_report
 from benchmarks.harness.lr_sweep import make_specs as sweep_specs
 from benchmarks.harness.lr_sweep import parser as sweep_parser
 from benchmarks.harness.lr_sweep import rate_rows
+from benchmarks.harness.names import WORDS, display
 from benchmarks.harness.results_file import RESULTS
 from benchmarks.harness.sweep import Sweep
 from cures_ray.messages import ConfigError
@@ -284,15 +285,19 @@ def test_compare_exits_with_one_on_a_regression(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("label", "shown"),
     [
-        ("grpo", "grpo"),
-        ("random_grpo", "random_grpo"),
-        ("grpo@prompts_per_step=64@learner.lr=1.4e-3", "grpo, 64 × 4"),
-        ("cures_wide@prompts_per_step=1024@rollouts_per_step=1024@learner.warmup_steps=2", "cures_wide, 1024 × 1"),
-        ("cures_wide@target_ess_fraction=0.75", "cures_wide, target_ess_fraction 0.75"),
+        ("grpo", "GRPO"),
+        ("random_grpo", "GRPO, rewards by coin"),
+        ("grpo@prompts_per_step=64@learner.lr=1.4e-3", "GRPO, 64 × 4"),
+        (
+            "cures_wide@prompts_per_step=1024@rollouts_per_step=1024@learner.warmup_steps=2",
+            "predictor default, 1024 × 1",
+        ),
+        ("cures_wide@target_ess_fraction=0.75", "predictor default, target_ess_fraction 0.75"),
     ],
 )
-def test_pictures_show_short_names(label, shown):
+def test_tables_and_pictures_show_names_in_words(label, shown):
     assert display(label) == shown
+    assert set(WORDS) == set(ARMS)
 
 
 @pytest.mark.parametrize("task", ["chain", "program"])

@@ -86,7 +86,7 @@ def test_ratios_say_how_many_runs_never_got_there():
 
 
 def test_accuracies_at_a_cost_are_means_over_seeds_with_their_range(results):
-    assert "| grpo | 0.350 (0.300 to 0.400) |" in render("one", "columns: greedy@50\ngrpo\n", results)
+    assert "| GRPO | 0.350 (0.300 to 0.400) |" in render("one", "columns: greedy@50\ngrpo\n", results)
 
 
 def test_filling_twice_changes_nothing_and_keeps_the_rest(results):
@@ -94,7 +94,7 @@ def test_filling_twice_changes_nothing_and_keeps_the_rest(results):
     text += "<!-- command one -->\nold\n<!-- end command -->\n"
     once = fill(text, results)
     assert fill(once, results) == once
-    assert once.startswith("before\n") and "\nafter\n" in once and "| grpo | 2 |" in once and "`cures bench x`" in once
+    assert once.startswith("before\n") and "\nafter\n" in once and "| GRPO | 2 |" in once and "`cures bench x`" in once
     assert "old" not in once
 
 
