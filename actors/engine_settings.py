@@ -71,7 +71,7 @@ def engine_arguments(config: Config, model_path: str, gpu: bool) -> dict[str, An
         "logprobs_mode": "processed_logprobs",  # of the policy that samples: temperature, top_p, top_k
         "weight_transfer_config": WeightTransferConfig(backend="cures"),  # registered by the next line's module
         "worker_extension_cls": "actors.weights.vllm_worker.WorkerExtension",
-        "disable_log_stats": True,
+        "disable_log_stats": not config.logging.engine_metrics,
         **trust,
     }
     if rollout.tensor_parallel_size > 1:
@@ -92,6 +92,16 @@ def engine_arguments(config: Config, model_path: str, gpu: bool) -> dict[str, An
         # step makes it short (2 M model, 256 rollouts: 0.15 s instead of 0.42 s) and costs no throughput here.
         "max_num_batched_tokens": max(1024, length, rollout.max_concurrent_rollouts + config.weights.canary_prompts),
     }
+
+
+def ray_loggers() -> list[Any]:
+    """vLLM's loggers into Ray's metrics. vLLM 0.32 imports Ray Serve beside them, which needs packages that are not
+    installed here, and then takes Ray for missing; the loggers themselves do without Serve."""
+    from ray.util import metrics
+    from vllm.v1.metrics import ray_wrappers
+
+    ray_wrappers.ray_metrics = ray_wrappers.ray_metrics or metrics
+    return [ray_wrappers.RayPrometheusStatLogger]
 
 
 def kv_cache_mib(hf: Any, config: Config, max_model_len: int, free_mib: int) -> int:
@@ -134,6 +144,7 @@ ENGINE_INTERFACE = (
     "vllm.v1.engine.async_llm:AsyncLLM.update_weight_version",
     "vllm.v1.engine.async_llm:AsyncLLM.sleep",
     "vllm.v1.engine.async_llm:AsyncLLM.wake_up",
+    "vllm.v1.metrics.ray_wrappers:RayPrometheusStatLogger.record",
 )
 PAUSE_MODE: Final = "keep"  # requests wait in the engine and go on under the new weights
 

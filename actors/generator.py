@@ -25,11 +25,13 @@ from actors.engine_settings import (
     PAUSE_MODE,
     engine_arguments,
     has_gpu,
+    ray_loggers,
     rollout_seed,
     sampling_params,
     set_environment,
 )
 from actors.finished import Work, pack_finished
+from actors.telemetry import ProcessGauges, phase
 from actors.weights.backend import Node, road
 from actors.weights.canary import Canary, canary_tolerance, compare, verdict
 from cures_ray.config import Config
@@ -93,6 +95,14 @@ class GeneratorActor:
         self._mean_seconds = 0.0  # of a lease
         self._leases: set[asyncio.Task[None]] = set()
         self._watch: asyncio.Task[None] | None = None
+        self._gauges = ProcessGauges("generator", name, self._numbers, on=config.logging.ray_metrics)
+        self._reports: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return self.name  # Ray asks once, when the actor is made
+
+    def _numbers(self) -> dict[str, float]:
+        return {"in_flight": len(self._requests), "queue": len(self._done), "version": self.version}
 
     # -- life ------------------------------------------------------------------------------------------
 
@@ -111,10 +121,12 @@ class GeneratorActor:
         arguments = engine_arguments(self.config, self.model_path, gpu)
         self._max_model_len = arguments["max_model_len"]
         self._may_sleep = arguments.get("enable_sleep_mode", False)
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        loggers = ray_loggers() if self.config.logging.engine_metrics else None
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=loggers)
         self._tokenizer = self._engine.get_tokenizer()
         await self._engine.update_weight_version(str(self.version))
         self._watch = asyncio.create_task(self._exit_with_engine())
+        self._reports = asyncio.create_task(self._gauges.watch())
         return time.monotonic() - began
 
     async def sleep(self) -> None:
@@ -132,8 +144,9 @@ class GeneratorActor:
 
     async def close(self) -> None:
         """End the engine's process."""
-        if self._watch is not None:
-            self._watch.cancel()
+        for task in (self._watch, self._reports):
+            if task is not None:
+                task.cancel()
         self._failure = self._failure or "closed"
         self._engine.shutdown()
 
@@ -314,8 +327,10 @@ class GeneratorActor:
         """Seconds paused and the canary's reading. A failed canary is tried once more, with a transfer of its own: what
         fails alike twice is no chance, and a replacement would fail alike too."""
         tolerance = canary_tolerance(self.config)
-        paused = await self._load(update)
-        canary = await self._canary(update)
+        with phase("load weights", version=update.version):
+            paused = await self._load(update)
+        with phase("canary", version=update.version):
+            canary = await self._canary(update)
         if canary.passes(tolerance):
             return paused, canary
         paused += await self._load(update)

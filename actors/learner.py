@@ -31,20 +31,25 @@ class LearnerGroup:
         config: Config,
         options: list[dict[str, Any]],
         alone: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+        name: str = "",
     ) -> None:
         """``options``: Ray actor options of each rank, see actors.cluster.placement. ``alone``: entered while the ranks
-        train, for those who share their GPUs (actors.cluster.colocate)."""
-        self.config, self._options, self._alone = config, options, alone
+        train, for those who share their GPUs (actors.cluster.colocate). ``name``: what the ranks' names in Ray begin
+        with, unique in the cluster; empty: they have none."""
+        self.config, self._options, self._alone, self._name = config, options, alone, name
+        self._starts = 0
         self.parameters = 0
         self.ranks: list[Any] = []
         self._start_ranks()
 
     def _start_ranks(self) -> None:
-        actor = ray.remote(LearnerRank)
-        self.ranks = [
-            actor.options(**rank_options).remote(self.config, rank, len(self._options))  # type: ignore[attr-defined]
-            for rank, rank_options in enumerate(self._options)
-        ]
+        actor: Any = ray.remote(LearnerRank)
+        again = f"-again-{self._starts}" if self._starts else ""  # a killed rank gives its name back some time later
+        self._starts += 1
+        self.ranks = []
+        for rank, options in enumerate(self._options):
+            name = {"name": f"{self._name}-{rank}{again}"} if self._name else {}
+            self.ranks.append(actor.options(**options, **name).remote(self.config, rank, len(self._options)))
 
     async def start(self, shm: Path, backend: str, canary: list[np.ndarray], resume: Path | None = None) -> None:
         """Bring all ranks up; ``resume`` is a folder that ``save`` wrote.

@@ -19,6 +19,7 @@ import numpy as np
 import ray
 from safetensors import SafetensorError
 
+from actors.telemetry import ProcessGauges, phase
 from actors.weights.backend import Publisher, Settings, road
 from cures_ray.config import Config
 from cures_ray.messages import (
@@ -39,6 +40,10 @@ class LearnerRank:
         self.config, self.rank, self.world_size = config, rank, world_size
         self._canary: list[np.ndarray] = []
         self._publisher: Publisher | None = None
+        self._gauges = ProcessGauges("learner", f"learner-{rank}", on=config.logging.ray_metrics)
+
+    def __repr__(self) -> str:
+        return f"learner-{self.rank}"
 
     def address(self) -> tuple[str, int]:
         """(IP address of this node, a port that is free now)."""
@@ -115,7 +120,10 @@ class LearnerRank:
             PayloadsLost: on all ranks, with the leases whose payloads a rank could not fetch; nothing was updated.
             RunError: the loss or gradient is not finite.
         """
-        return self._step.train(batch, lambda groups: self._fetch(batch, groups))
+        try:
+            return self._step.train(batch, lambda groups: self._fetch(batch, groups))
+        finally:
+            self._gauges.tick()
 
     def _fetch(self, batch: TrainingBatch, groups: list[TrainingGroup]) -> dict[int, RolloutChunk]:
         """Payloads of ``groups`` by lease. All ranks learn which are lost, before any waits for another."""
@@ -123,7 +131,8 @@ class LearnerRank:
         refs = list({h for h in handles.values() if isinstance(h, ray.ObjectRef)})  # leases of a chunk share it
         lost: dict[Any, str] = {}
         try:
-            found = dict(zip(refs, ray.get(refs, timeout=PAYLOAD_SECONDS), strict=True))
+            with phase("fetch payloads", step=batch.step):
+                found = dict(zip(refs, ray.get(refs, timeout=PAYLOAD_SECONDS), strict=True))
         except (ray.exceptions.RayError, TimeoutError):
             found, lost = _fetch_each(refs)
         gone = {lease for lease, handle in handles.items() if isinstance(handle, ray.ObjectRef) and handle in lost}
@@ -154,10 +163,13 @@ class LearnerRank:
     def publish(self, version: int) -> WeightUpdate | None:
         """Make the weights available as ``version``; the update on rank 0, None on the others."""
         assert self._publisher is not None, "build comes first"
-        info = self._publisher.publish(self._source(), version)
+        with phase("write weights", version=version):
+            info = self._publisher.publish(self._source(), version)
         if self.rank and self.config.learner.zero_stage < 3:
             return None
-        logprobs = self.logprobs(self._canary)
+        with phase("canary log-probabilities", version=version):
+            logprobs = self.logprobs(self._canary)
+        self._gauges.tick()
         if self.rank:
             return None
         return WeightUpdate(

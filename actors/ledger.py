@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from actors.telemetry import ProcessGauges
 from cures_ray.config import Config
 from cures_ray.ledger.ledger import Ledger
 from cures_ray.ledger.prompts import read_prompts
@@ -41,6 +42,11 @@ class LedgerActor:
             checkpoint=Path(checkpoint) if checkpoint else None,
         )
 
+        self._gauges = ProcessGauges("ledger", "ledger", on=config.logging.ray_metrics)
+
+    def __repr__(self) -> str:
+        return "ledger"
+
     def process(self) -> dict[str, int]:
         """Process id, and how many journal records were applied when this process opened the ledger."""
         return {"pid": os.getpid(), "recovered": self._ledger.recovered}
@@ -58,3 +64,5 @@ class LedgerActor:
                 raise
             print(f"ledger: {error}; exiting, to come back from the journal", file=sys.stderr, flush=True)
             os._exit(1)
+        finally:
+            self._gauges.tick()

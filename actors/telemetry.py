@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 
 import numpy as np
 import psutil
+from ray._private.profiling import profile  # Ray 2.60 has no public name for it; off without RAY_PROFILING
 from ray.util.metrics import Gauge, Histogram
 
 from cures_ray.run.metric_table import Metric, metric_of
@@ -22,6 +24,12 @@ BOUNDARIES = {  # histogram of the driver -> upper bounds
     "staleness": [0.5, 1.5, 2.5, 4.5, 8.5],
     "n_by_lease": [1.5, 2.5, 4.5, 8.5, 16.5, 32.5],
 }
+
+
+def phase(name: str, **details: object) -> AbstractContextManager[None]:
+    """A span of this process in ``ray timeline``, inside the task that runs: ``with phase("canary", version=3):``."""
+    span: AbstractContextManager[None] = profile(name, {"name": name} | {k: str(v) for k, v in details.items()})
+    return span
 
 
 class RunGauges:
@@ -73,30 +81,60 @@ class ProcessGauges:
     """One actor's process: ``asyncio.create_task(gauges.watch())`` in an async actor, ``report()`` in a plain one.
 
     Args:
-        role: "ledger", "generator", "verifier" or "learner".
+        role: "driver", "ledger", "generator", "verifier" or "learner".
         name: unique in the run, such as "generator-0".
         numbers: called at every report; names of the "process/" metrics without the prefix -> value.
+        children: with the processes that this one started: an engine, judges. The driver's may be all of Ray.
+        on: False reports nothing (``logging.ray_metrics``).
     """
 
-    def __init__(self, role: str, name: str, numbers: Callable[[], Mapping[str, float]] = dict) -> None:
+    def __init__(
+        self,
+        role: str,
+        name: str,
+        numbers: Callable[[], Mapping[str, float]] = dict,
+        *,
+        children: bool = True,
+        on: bool = True,
+    ) -> None:
         self._tags, self._numbers = {"role": role, "name": name}, numbers
         self._gauges: dict[str, Gauge] = {}
-        self._process = psutil.Process()
+        self._process, self._children, self._on = psutil.Process(), children, on
+        self._due = 0.0
 
     def report(self, lag_s: float = 0.0) -> None:
         """Set all gauges now."""
-        spent = self._process.cpu_times()
-        values = {
-            "cpu_seconds": spent.user + spent.system + spent.children_user + spent.children_system,
-            "memory_bytes": float(self._process.memory_info().rss),
-            "event_loop_lag_seconds": lag_s,
-        } | dict(self._numbers())
+        if not self._on:
+            return
+        cpu_s, memory = self._used()
+        values = {"cpu_seconds": cpu_s, "memory_bytes": memory, "event_loop_lag_seconds": lag_s}
+        values |= self._numbers()
         for name, value in values.items():
             self._gauge(name).set(float(value), self._tags)
 
+    def tick(self) -> None:
+        """``report``, at most once in EVERY_S: for actors without an event loop, after each call."""
+        if self._on and time.monotonic() >= self._due:
+            self._due = time.monotonic() + EVERY_S
+            self.report()
+
+    def _used(self) -> tuple[float, float]:
+        """(CPU seconds, bytes of resident memory)."""
+        processes = [self._process, *(self._process.children(recursive=True) if self._children else [])]
+        cpu_s = memory = 0.0
+        for process in processes:
+            with suppress(psutil.Error):  # it has just ended; its parent's times hold its own
+                with process.oneshot():
+                    spent = process.cpu_times()
+                    memory += process.memory_info().rss
+                cpu_s += spent.user + spent.system
+                if self._children:
+                    cpu_s += spent.children_user + spent.children_system
+        return cpu_s, memory
+
     async def watch(self) -> None:
         """Report every few seconds, for the life of the actor."""
-        while True:
+        while self._on:
             due = time.monotonic() + EVERY_S
             await asyncio.sleep(EVERY_S)
             self.report(time.monotonic() - due)

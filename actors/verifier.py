@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.telemetry import ProcessGauges
 from cures_ray.config import Config
 from cures_ray.loop.ports import PromptSource
 from cures_ray.messages import RolloutChunk, Verdict, VerdictChunk
@@ -29,18 +30,34 @@ class VerifierActor:
 
     Args:
         prompts: the tables by name ("train", "eval"), for the golds.
+        name: unique among the verifiers of the run.
     """
 
-    def __init__(self, config: Config, prompts: Mapping[str, PromptSource]) -> None:
-        self._config, self._prompts = config, prompts
+    def __init__(self, config: Config, prompts: Mapping[str, PromptSource], name: str = "verifier-0") -> None:
+        self._config, self._prompts, self.name = config, prompts, name
         self._pool = VerifyPool(config.verifier)
         self._threads = ThreadPoolExecutor(MAX_CHUNKS, thread_name_prefix="chunk")
         self._threads.submit(self._pool.prewarm)  # a failure comes up again with the first call
+        self._rollouts = 0  # in hand
+        self._gauges = ProcessGauges("verifier", name, self._numbers, on=config.logging.ray_metrics)
+        self._reports: asyncio.Task[None] | None = None  # begins with the first call: there is no event loop yet
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def _numbers(self) -> dict[str, float]:
+        at_once = self._config.verifier.processes_per_worker
+        return {"in_flight": min(self._rollouts, at_once), "queue": max(self._rollouts - at_once, 0)}
 
     async def verify(self, chunk: RolloutChunk) -> VerdictChunk:
         """One verdict a rollout of ``chunk`` (Ray resolves the handle), in order. Ends within
         len(chunk) hard deadlines (``verifier.timeout_s`` and a little) after its turn has come."""
-        return await self._aside(self._verify, chunk)
+        self._reports = self._reports or asyncio.create_task(self._gauges.watch())
+        self._rollouts += len(chunk)
+        try:
+            return await self._aside(self._verify, chunk)
+        finally:
+            self._rollouts -= len(chunk)
 
     def _verify(self, chunk: RolloutChunk) -> VerdictChunk:
         prompts = self._prompts[chunk.source].rows(chunk.prompt_index, tokenize=False)

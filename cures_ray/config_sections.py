@@ -331,6 +331,10 @@ class LoggingConfig(Section):
     """Send metrics to MLflow: to RUN/mlruns, or to MLFLOW_TRACKING_URI; needs `pip install mlflow-skinny`."""
     trackio: bool = False
     """Not supported: Trackio brings a web server. Use wandb or mlflow."""
+    ray_metrics: bool = True
+    """Metrics of run and actors in Ray's endpoints, for `cures dashboard`. Turn off if Prometheus is short of room."""
+    engine_metrics: bool = False
+    """vLLM's own metrics there as well, to look into queue and cache. Costs CPU at every step of the engine."""
     progress: Literal["auto", "live", "lines", "off"] = "auto"
     """What the terminal shows. `auto`: a live table in a terminal, lines in a file."""
     histogram_interval: int = Field(5, ge=1)

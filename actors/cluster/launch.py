@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from actors.cluster.usage import CpuMeter
 from actors.generator import GeneratorActor
 from actors.learner import LearnerGroup
 from actors.ledger import LedgerActor
+from actors.telemetry import ProcessGauges, RunGauges
 from actors.verifier import VerifierActor
 from actors.weights.backend import resolve, road
 from actors.weights.shm import shm_folder
@@ -37,8 +39,9 @@ from cures_ray.ledger.ledger import begin_session
 from cures_ray.ledger.prompts import write_prompts
 from cures_ray.loop.driver import Driver, Ports
 from cures_ray.loop.evaluate import Evaluator
+from cures_ray.loop.ports import WorkerLost
 from cures_ray.loop.sample_log import SampleLog
-from cures_ray.messages import Accounting, ConfigError, RunError
+from cures_ray.messages import Accounting, ConfigError, RunError, TrainingBatch
 from cures_ray.run.checkpoint import CheckpointStore, step_of
 from cures_ray.run.preflight import Inputs, prepare_inputs
 from cures_ray.run.sinks import RunLog
@@ -48,6 +51,7 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_PROFILING": "1",  # phases of a task in `ray timeline`
 }
 
 
@@ -189,9 +193,13 @@ class Run:
         except BaseException:
             self.placement.remove()
             raise
-        self.log = RunLog(config, inputs.run_dir, start=step_of(inputs.resume) if inputs.resume else 0)
+        self.name = f"cures-{inputs.run_dir.name}-{uuid.uuid4().hex[:4]}"  # what the names of its actors begin with
+        sinks = [RunGauges(inputs.run_dir.name)] if config.logging.ray_metrics else []
+        start = step_of(inputs.resume) if inputs.resume else 0
+        self.log = RunLog(config, inputs.run_dir, start=start, sinks=sinks)
         self.shm = shm_folder(inputs.run_dir)
         self.actors: list[Any] = []
+        self.starts: Counter[str] = Counter()  # of each generator; a killed one gives its name back some time later
         self.learner: LearnerGroup | None = None
         self.backend = self._backend()
         tables = {"train": inputs.train} | ({"eval": inputs.eval} if inputs.eval is not None else {})
@@ -216,6 +224,7 @@ class Run:
             version=version,
             evaluate=evaluator if self.inputs.eval is not None else None,
             save_checkpoint=lambda v: self._save(v, ports, evaluator),
+            show_rollouts=self._show_rollouts if self.log.has_tables else None,
         )
         started = time.monotonic()
         await self.cpu.read()  # what came before is the start
@@ -223,7 +232,10 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             with suppress(NotImplementedError, RuntimeError, ValueError):
                 asyncio.get_running_loop().add_signal_handler(number, driver.stop)
+        gauges = ProcessGauges("driver", "driver", children=False, on=self.config.logging.ray_metrics)
+        watch = asyncio.create_task(gauges.watch())
         accounting = await driver.run()
+        watch.cancel()
         await self.cpu.read()
         summary = RunSummary(
             accounting=accounting,
@@ -255,7 +267,7 @@ class Run:
         options = [self.placement.options("learner", rank) for rank in range(config.learner.num_ranks)]
         fleet = RayFleet(self._generator, config.rollout.timeout_s, start_timeout_s=config.rollout.start_timeout_s)
         alone = partial(asleep, fleet.members.values) if config.placement.colocate else nullcontext
-        learner = self.learner = LearnerGroup(config, options, alone)
+        learner = self.learner = LearnerGroup(config, options, alone, f"{self.name}-learner")
         verifiers = [self._verifier(i) for i in range(config.verifier.num_workers)]
         resume = inputs.resume / "learner" if inputs.resume else None
         canary = [inputs.train.row(i).token_ids for i in range(min(config.weights.canary_prompts, len(inputs.train)))]
@@ -294,9 +306,8 @@ class Run:
     def _ledger(self) -> Any:
         inputs = self.inputs
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # beside its folder
-        actor = ray.remote(LedgerActor).options(
-            num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=here
-        )
+        options = {"name": f"{self.name}-ledger", "num_cpus": 0, "max_restarts": -1, "max_task_retries": 0}
+        actor = ray.remote(LedgerActor).options(scheduling_strategy=here, **options)
         folder = inputs.run_dir.resolve() / "ledger"
         write_prompts(folder, *curriculum_columns(self.config, inputs.train), inputs.train.columns["text"])
         session = uuid.uuid4().hex
@@ -312,15 +323,23 @@ class Run:
 
     def _generator(self, index: int) -> Any:
         options = self.placement.options("generator", index)
-        actor = ray.remote(GeneratorActor).options(max_concurrency=1000, **options)
-        handle = actor.remote(f"generator-{index}", self.config, self.config.model.path, self.prompts)
+        name = f"generator-{index}"
+        self.starts[name] += 1
+        again = f"-again-{self.starts[name] - 1}" if self.starts[name] > 1 else ""
+        options |= {"name": f"{self.name}-{name}{again}", "max_concurrency": 1000}
+        handle = (
+            ray.remote(GeneratorActor)
+            .options(**options)
+            .remote(name, self.config, self.config.model.path, self.prompts)
+        )
         self.actors.append(handle)
         return handle
 
     def _verifier(self, index: int) -> Any:
         options = self.placement.options("verifier", index)
-        actor = ray.remote(VerifierActor).options(max_restarts=-1, max_task_retries=0, max_concurrency=64, **options)
-        handle = actor.remote(self.config, self.golds)
+        name = f"verifier-{index}"
+        options |= {"name": f"{self.name}-{name}", "max_restarts": -1, "max_task_retries": 0, "max_concurrency": 64}
+        handle = ray.remote(VerifierActor).options(**options).remote(self.config, self.golds, name)
         self.actors.append(handle)
         return handle
 
@@ -345,6 +364,25 @@ class Run:
             (folder / "driver.json").write_text(json.dumps(state))
 
         await self.store.save(version, write)
+
+    async def _show_rollouts(self, batch: TrainingBatch) -> None:
+        """The first rollout of some groups of ``batch``, for trackers with tables; of lost payloads nothing."""
+        rows: list[dict[str, Any]] = []
+        for group in batch.groups[: self.config.eval.logged_samples]:
+            with suppress(WorkerLost):
+                chunk = await answer(group.payload, "rollouts", self.config.rollout.timeout_s)
+                row = int(group.rollout_index[0])
+                rows.append(
+                    {
+                        "lease": group.lease_id,
+                        "prompt": self.inputs.train.row(int(chunk.prompt_index[group.place])).text,
+                        "completion": chunk.texts[row],
+                        "reward": float(group.rewards[0]),
+                        "advantage": float(group.advantages[0]),
+                        "version": int(chunk.summary.min_version[row]),
+                    }
+                )
+        self.log.rollouts(batch.step + 1, rows)
 
     def teardown(self) -> None:
         """End every actor, placement group and shared-memory file of this run."""

@@ -45,6 +45,7 @@ from cures_ray.messages import Accounting, BatchPlan, CommitReport, PayloadsLost
 # (version, the generators that hold it now, whom to tell of answers) -> eval/... metrics
 Evaluate = Callable[[int, Callable[[], list[GeneratorPort]], Callable[[str], None]], Coroutine[Any, Any, Metrics]]
 SaveCheckpoint = Callable[[int], Awaitable[None]]  # version
+ShowRollouts = Callable[[TrainingBatch], Coroutine[Any, Any, None]]
 
 
 class Driver:
@@ -64,10 +65,11 @@ class Driver:
         version: int = 0,
         evaluate: Evaluate | None = None,
         save_checkpoint: SaveCheckpoint | None = None,
+        show_rollouts: ShowRollouts | None = None,
     ) -> None:
         self.config, self.ports, self.observer = config, ports, observer
         self.version = version
-        self._evaluate, self._save_checkpoint = evaluate, save_checkpoint
+        self._evaluate, self._save_checkpoint, self._show_rollouts = evaluate, save_checkpoint, show_rollouts
         self._generation: Generation
         self._ready = asyncio.Event()
         self._evaluation: asyncio.Task[Metrics] | None = None
@@ -128,6 +130,8 @@ class Driver:
             accounting = await self.ports.ledger.commit(replace(commit, gradient_statistics=report.gradient_statistics))
             accounting.check()
             self._progress(f"batch {step} committed")
+            if self._show_rollouts is not None and step % self.config.logging.histogram_interval == 0:
+                self._tasks.create_task(self._show_rollouts(batch))
             metrics = step_metrics(plan, groups, report, accounting, step) | {"time/learner_idle_s": idle}
             last = step + 1 == self.config.trainer.steps
             if self._stopping or not last:

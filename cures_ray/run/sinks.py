@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from cures_ray.config import Config
-from cures_ray.run.trackers import trackers
+from cures_ray.run.trackers import WeightsAndBiases, trackers
 
 Metrics = dict[str, float]
 
@@ -90,6 +90,17 @@ class RunLog:
     def note(self, text: str) -> None:
         for sink in self.sinks:
             sink.note(text)
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether a sink takes ``rollouts``."""
+        return any(isinstance(sink, WeightsAndBiases) for sink in self.sinks)
+
+    def rollouts(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Some trained rollouts of ``step`` as a table, for sinks that have tables."""
+        for sink in self.sinks:
+            if isinstance(sink, WeightsAndBiases):
+                sink.rollouts(step, rows)
 
     def close(self) -> None:
         for sink in self.sinks:

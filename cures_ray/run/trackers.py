@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,6 +62,13 @@ class WeightsAndBiases:
     def step(self, step: int, metrics: Metrics, histograms: dict[str, np.ndarray]) -> None:
         pictures = {name: self._wandb.Histogram(values) for name, values in histograms.items() if len(values)}
         self._run.log({k: float(v) for k, v in metrics.items()} | pictures | {"step": step})
+
+    def rollouts(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """``rows``: rollouts that were trained, all with the same columns."""
+        if rows:
+            columns = list(rows[0])
+            table = self._wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])
+            self._run.log({"rollouts": table, "step": step})
 
     def note(self, text: str) -> None:
         return None

@@ -26,6 +26,9 @@ class FakeWandb:
     def Histogram(self, values):
         return ("histogram", len(values))
 
+    def Table(self, columns, data):
+        return columns, data
+
     def _finish(self) -> None:
         self.finished += 1
 
@@ -41,6 +44,14 @@ def test_a_resumed_run_continues_its_wandb_run_even_where_its_steps_go_back(tmp_
     assert first["dir"] == str(tmp_path) and first["config"]["trainer"]["seed"] == small_config().trainer.seed
     assert [r["step"] for r in module.records] == [5, 3] and module.finished == 2
     assert module.records[0]["belief_mean"] == ("histogram", 4) and "empty" not in module.records[0]
+
+
+def test_trained_rollouts_are_a_table_in_wandb(tmp_path):
+    module = FakeWandb()
+    sink = WeightsAndBiases(module, small_config(), tmp_path)
+    sink.rollouts(2, [{"prompt": "1 + 1", "reward": 1.0}, {"prompt": "2 + 2", "reward": 0.0}])
+    sink.rollouts(3, [])
+    assert module.records == [{"rollouts": (["prompt", "reward"], [["1 + 1", 1.0], ["2 + 2", 0.0]]), "step": 2}]
 
 
 class FakeMlflowClient:
