@@ -31,7 +31,7 @@ from actors.engine_settings import (
     set_environment,
 )
 from actors.finished import Work, pack_finished
-from actors.telemetry import ProcessGauges, phase
+from actors.telemetry import ProcessGauges
 from actors.weights.backend import Node, road
 from actors.weights.canary import Canary, canary_tolerance, compare, verdict
 from cures_ray.config import Config
@@ -327,10 +327,8 @@ class GeneratorActor:
         """Seconds paused and the canary's reading. A failed canary is tried once more, with a transfer of its own: what
         fails alike twice is no chance, and a replacement would fail alike too."""
         tolerance = canary_tolerance(self.config)
-        with phase("load weights", version=update.version):
-            paused = await self._load(update)
-        with phase("canary", version=update.version):
-            canary = await self._canary(update)
+        paused = await self._load(update)
+        canary = await self._canary(update)
         if canary.passes(tolerance):
             return paused, canary
         paused += await self._load(update)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: Ray's metrics in Prometheus under the board's queries, the dashboard, the report.
+"""What a person sees of a run: Ray's metrics in Prometheus under the board's queries, the actors' names, the report.
 
 One real run of the tiny model; Prometheus and Chromium are Debian's (scripts/system-packages.sh).
 """
@@ -86,7 +86,7 @@ def chromium(address: str, picture: Path, profile: Path, wait_ms: int) -> tuple[
 def watched(tmp_path_factory):
     """One run with everything on, seen while it goes."""
     work = tmp_path_factory.mktemp("watched")
-    arguments = ["--out", str(work), "--seed", "0", "--prompts", "128", "--eval-prompts", "24", "--sft-steps", "60"]
+    arguments = ["--out", str(work), "--seed", "0", "--prompts", "128", "--eval-prompts", "24", "--sft-steps", "120"]
     assert prepare(arguments) == 0
     ray_folder = Path(tempfile.mkdtemp(prefix="w", dir="/tmp"))  # short: sockets lie in it
     config = Config.model_validate(
@@ -95,12 +95,12 @@ def watched(tmp_path_factory):
             "data": {"train": str(work / "train.jsonl"), "eval": str(work / "eval.jsonl"), "max_prompt_tokens": 48},
             "curriculum": {"prompts_per_step": 8, "rollouts_per_step": 32},
             "rollout": {"max_new_tokens": 48, "timeout_s": 60.0, "num_generators": 1},
-            "learner": {"lr": 1e-3, "dtype": "float32", "cpus_per_rank": 0.5},
+            "learner": {"lr": 1e-4, "dtype": "float32", "cpus_per_rank": 0.5},
             "placement": {"generator_cpus": 0.5, "verifier_cpus": 0.5, "use_gpu": "no"},
             "eval": {"interval": 4},
             "checkpoint": {"dir": str(work / "run"), "interval": 0, "export_final": False},
             "logging": {"progress": "lines", "histogram_interval": 1, "engine_metrics": True},
-            "trainer": {"steps": 24},
+            "trainer": {"steps": 40},
             "ray": {"num_cpus": 4, "num_gpus": 0, "dashboard": True, "object_store_mb": 200},
         }
     )
@@ -127,12 +127,10 @@ def watched(tmp_path_factory):
 
 
 def look(seen: dict, work: Path) -> None:
-    """Once steps are being trained: the actors as Ray lists them, and the dashboard's page of them."""
+    """Once steps are being trained: the actors as Ray's dashboard server lists them."""
     while not ((work / "run/metrics.jsonl").exists() and '"step": 2' in (work / "run/metrics.jsonl").read_text()):
         time.sleep(0.5)
-    address = f"http://{ray._private.worker.global_worker.node.address_info['webui_url']}"
     seen["actors"] = [(a.class_name, a.name, a.repr_name, a.state) for a in list_actors(detail=True)]
-    seen["dashboard"] = chromium(f"{address}/#/actors", work / "dashboard.png", work / "profile", 15000)
 
 
 def test_every_query_of_the_board_returns_series_and_those_that_should_move_do(watched):
@@ -173,13 +171,7 @@ def test_actors_have_names_and_phases_are_in_the_timeline(watched):
         assert name.startswith("cures-run-") and name.endswith(shown) and repr_name == shown and state == "ALIVE"
     assert ours["LearnerRank"][1] == "learner-0"
     names = {event.get("name") for event in watched["timeline"]}
-    assert {"load weights", "canary", "write weights", "fetch payloads"} <= names
-
-
-def test_the_dashboard_shows_our_actors_in_a_browser(watched):
-    page, _ = watched["dashboard"]
-    assert "generator-0" in page and "learner-0" in page and "ALIVE" in page
-    assert (watched["work"] / "dashboard.png").stat().st_size > 10_000
+    assert {"write weights", "canary log-probabilities", "fetch payloads"} <= names
 
 
 def test_the_report_opens_in_a_browser_without_errors(watched):
