@@ -27,8 +27,8 @@ BOUNDARIES = {  # histogram of the driver -> upper bounds
 
 
 def phase(name: str, **details: object) -> AbstractContextManager[None]:
-    """A span in ``ray timeline``, inside the task that runs: ``with phase("write weights", version=3):``. Ray 2.60 keeps
-    none of an async actor's."""
+    """A span in ``ray timeline``, inside the task that runs: ``with phase("write weights", version=3):``. Ray 2.60
+    keeps none of an async actor's."""
     span: AbstractContextManager[None] = profile(name, {"name": name} | {k: str(v) for k, v in details.items()})
     return span
 
