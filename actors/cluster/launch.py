@@ -25,6 +25,7 @@ from actors.cluster.adapters import RayFleet, RayLedger, RayVerifiers, answer
 from actors.cluster.colocate import asleep
 from actors.cluster.placement import Placement, live_nodes
 from actors.cluster.probe import check_shared
+from actors.cluster.rollout_table import show_rollouts
 from actors.cluster.usage import CpuMeter
 from actors.generator import GeneratorActor
 from actors.learner import LearnerGroup
@@ -39,9 +40,8 @@ from cures_ray.ledger.ledger import begin_session
 from cures_ray.ledger.prompts import write_prompts
 from cures_ray.loop.driver import Driver, Ports
 from cures_ray.loop.evaluate import Evaluator
-from cures_ray.loop.ports import WorkerLost
 from cures_ray.loop.sample_log import SampleLog
-from cures_ray.messages import Accounting, ConfigError, RunError, TrainingBatch
+from cures_ray.messages import Accounting, ConfigError, RunError
 from cures_ray.run.checkpoint import CheckpointStore, step_of
 from cures_ray.run.preflight import Inputs, prepare_inputs
 from cures_ray.run.sinks import RunLog
@@ -224,7 +224,9 @@ class Run:
             version=version,
             evaluate=evaluator if self.inputs.eval is not None else None,
             save_checkpoint=lambda v: self._save(v, ports, evaluator),
-            show_rollouts=self._show_rollouts if self.log.has_tables else None,
+            show_rollouts=partial(show_rollouts, config=self.config, prompts=self.inputs.train, log=self.log)
+            if self.log.has_tables
+            else None,
         )
         started = time.monotonic()
         await self.cpu.read()  # what came before is the start
@@ -364,25 +366,6 @@ class Run:
             (folder / "driver.json").write_text(json.dumps(state))
 
         await self.store.save(version, write)
-
-    async def _show_rollouts(self, batch: TrainingBatch) -> None:
-        """The first rollout of some groups of ``batch``, for trackers with tables; of lost payloads nothing."""
-        rows: list[dict[str, Any]] = []
-        for group in batch.groups[: self.config.eval.logged_samples]:
-            with suppress(WorkerLost):
-                chunk = await answer(group.payload, "rollouts", self.config.rollout.timeout_s)
-                row = int(group.rollout_index[0])
-                rows.append(
-                    {
-                        "lease": group.lease_id,
-                        "prompt": self.inputs.train.row(int(chunk.prompt_index[group.place])).text,
-                        "completion": chunk.texts[row],
-                        "reward": float(group.rewards[0]),
-                        "advantage": float(group.advantages[0]),
-                        "version": int(chunk.summary.min_version[row]),
-                    }
-                )
-        self.log.rollouts(batch.step + 1, rows)
 
     def teardown(self) -> None:
         """End every actor, placement group and shared-memory file of this run."""
