@@ -157,7 +157,7 @@ def test_a_job_is_submitted_stopped_with_a_checkpoint_and_continued_by_submittin
     assert "all actors are up" in log and "step" in log  # the progress of the run
     jobs(cluster, "stop", job, cwd=project)
     deadline = time.monotonic() + 120
-    while "STOPPED" not in (said := jobs(cluster, "status", job, cwd=project).stdout):
+    while "was stopped" not in (said := jobs(cluster, "status", job, cwd=project).stdout):
         assert time.monotonic() < deadline, said
         time.sleep(1.0)
     done = steps(project)
