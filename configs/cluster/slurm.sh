@@ -16,7 +16,8 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch}"
 config=${1:-configs/two-node.yaml}
 shift || true
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\n'*}  # the first; a pipe into head could end scontrol early, which counts as a failure
 port=$((20000 + SLURM_JOB_ID % 10000))  # jobs that share a node must not meet
 export RAY_AUTH_MODE=token  # of this job alone, the same on all nodes
 RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
