@@ -151,10 +151,28 @@ class GeneratorActor:
         self._engine.shutdown()
 
     async def _exit_with_engine(self) -> None:
+        """End this process when the engine's process died or answers nothing, so that Ray sees a dead actor."""
+        limit = self.config.rollout.health_timeout_s
         while True:
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(min(1.0, limit / 4))
             if self._engine.errored:
                 self._exit("the engine's process died")
+            if self._syncing.locked():  # loading has a deadline of its own, and the engine answers nothing meanwhile
+                continue
+            try:
+                async with asyncio.timeout(limit):
+                    await self._engine.is_sleeping()  # through the engine's own loop and back
+            except TimeoutError:
+                if not self._syncing.locked():
+                    self._exit(f"the engine has not answered for {limit:g} s")
+
+    async def reset(self) -> None:
+        """Abort and forget all leases, finished ones too: their ledger is gone."""
+        for task in list(self._leases):
+            task.cancel()
+        await asyncio.gather(*self._leases, return_exceptions=True)
+        self._done.clear()
+        self._finished.clear()
 
     def _exit(self, why: str) -> NoReturn:
         print(f"generator {self.name}: {why}; exiting, so that Ray sees a dead actor", file=sys.stderr, flush=True)
@@ -195,7 +213,11 @@ class GeneratorActor:
         linger = min(max(LINGER_SHARE * self._mean_seconds, LINGER_S[0]), LINGER_S[1])
         if self._done and sum(len(work.samplings) for _, work in self._done) < ENOUGH:
             await asyncio.sleep(linger)
-        await self._proven.wait()  # hand out nothing from weights that the canary has not passed
+        try:  # hand out nothing from weights that the canary has not passed; an empty answer says: I live
+            async with asyncio.timeout(POLL_S):
+                await self._proven.wait()
+        except TimeoutError:
+            return self._pack("train", [])
         self._check_usable()
         source = self._done[0][0] if self._done else "train"
         done = [work for name, work in self._done if name == source]

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.learner_rank import LearnerRank
 from cures_ray.config import Config
-from cures_ray.messages import RunError, StepReport, TrainingBatch, WeightUpdate
+from cures_ray.messages import LearnerLost, RunError, StepReport, TrainingBatch, WeightUpdate
 
 
 class LearnerGroup:
@@ -129,7 +129,7 @@ class LearnerGroup:
             raise _blame(method, failures)
         if pending:
             late = [rank for rank, call in enumerate(calls) if call in pending]
-            raise RunError(f"learner rank {late} did not finish {method} within {seconds:.0f} s; it may hang")
+            raise LearnerLost(f"learner rank {late} did not finish {method} within {seconds:.0f} s; it may hang")
         return [call.result() for call in calls]
 
 
@@ -145,7 +145,7 @@ def _blame(method: str, failures: list[tuple[int, BaseException | None]]) -> Exc
     """The failure to report: a dead rank, else a RunError, else the first."""
     for rank, error in failures:
         if isinstance(error, RayActorError):
-            return RunError(
+            return LearnerLost(
                 f"learner rank {rank} died during {method} ({' '.join(str(error).split())[-800:]}); start again with "
                 f"checkpoint.resume = auto"
             )

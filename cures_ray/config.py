@@ -125,6 +125,22 @@ class Config(Section):
         return tree
 
     @model_validator(mode="after")
+    def check_deadlines(self) -> Config:
+        """A silent generator must be found before the watchdog ends the run."""
+        health, watchdog = self.rollout.health_timeout_s, self.trainer.no_progress_timeout_s
+        if health >= watchdog:
+            raise ValueError(
+                f"rollout.health_timeout_s = {health:g} must be below trainer.no_progress_timeout_s = {watchdog:g}: "
+                f"else the run ends before a silent generator is replaced"
+            )
+        if self.rollout.min_generators > self.rollout.num_generators:
+            raise ValueError(
+                f"rollout.min_generators = {self.rollout.min_generators} is more than rollout.num_generators = "
+                f"{self.rollout.num_generators}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_batch(self) -> Config:
         """Refuse a batch that no integer allocation can satisfy, with the arithmetic shown."""
         c, a = self.curriculum, self.algo

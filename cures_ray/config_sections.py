@@ -102,6 +102,12 @@ class RolloutConfig(Section):
     start_timeout_s: float = Field(1800.0, gt=0)
     """How long an engine or a learner rank may take to start, seconds. Raise it where the model's first download takes
     longer."""
+    min_generators: int = Field(1, ge=1)
+    """With fewer generators the run ends. One that cannot come back is retired, and the others go on."""
+    max_restarts: int = Field(5, ge=0)
+    """Of one generator before it is retired. A restart is forgiven after ten minutes."""
+    health_timeout_s: float = Field(120.0, gt=0)
+    """A generator whose actor or engine is silent for so long is replaced, seconds. Raise it for very large models."""
 
 
 class AlgoConfig(Section):
@@ -350,6 +356,10 @@ class TrainerConfig(Section):
     """Of the curriculum's draws and of every rollout."""
     no_progress_timeout_s: float = Field(900.0, gt=0)
     """End the run when nothing is settled or trained for so long, seconds. Keep it above `rollout.timeout_s`."""
+    max_restarts: int = Field(2, ge=0)
+    """Of the learner group after a rank died, each time from the newest checkpoint. 0: end the run."""
+    stop_timeout_s: float = Field(30.0, ge=0)
+    """How long a stopped run waits for the batch in work before its checkpoint, seconds."""
 
 
 class RayConfig(Section):

@@ -5,26 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    GetTimeoutError,
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    RaySystemError,
-    WorkerCrashedError,
-)
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from cures_ray.config import Config
-from cures_ray.loop.ports import GeneratorPort, PayloadLost, WorkerLost
+from cures_ray.loop.ports import PayloadLost, WorkerLost
 from cures_ray.messages import (
     Accounting,
     BatchPlan,
-    ChunkSummary,
     CommitReport,
     Discard,
     Key,
@@ -34,13 +25,10 @@ from cures_ray.messages import (
     RunError,
     Settlement,
     SettleReply,
-    SyncReport,
     VerdictChunk,
-    WeightUpdate,
 )
 from cures_ray.verify.pool import hard_deadline
 
-GONE = (RayActorError, ObjectLostError, WorkerCrashedError, NodeDiedError, RaySystemError, GetTimeoutError)
 MARGIN_S = 30.0  # beyond a worker's own deadline
 CHUNKS_EACH = 8  # in work at one verifier
 REST_S = 30.0  # in which a verifier that failed is asked last
@@ -54,7 +42,9 @@ async def answer(ref: Any, who: str, timeout_s: float) -> Any:
             return await asyncio.wrap_future(ref.future())
     except ObjectLostError as error:
         raise PayloadLost(f"{who}: {type(error).__name__}") from error
-    except GONE as error:
+    except RayTaskError:  # what the worker itself raised
+        raise
+    except RayError as error:  # anything else that Ray says: dead process or node, out of memory, unreachable
         raise WorkerLost(f"{who}: {_told(error)}") from error
     except TimeoutError as error:
         if not scope.expired():  # raised inside the worker: its own deadline
@@ -113,78 +103,6 @@ class RayLedger:
 
     async def save(self, folder: Path) -> None:
         await self._retried(self.handle.call, "save", folder)
-
-
-class RayGenerator:
-    """GeneratorPort over one GeneratorActor."""
-
-    def __init__(self, name: str, handle: Any, timeout_s: float) -> None:
-        self.name, self.handle, self.timeout_s = name, handle, timeout_s
-
-    async def submit(self, leases: LeaseChunk) -> None:
-        await self._answer(self.handle.submit.remote(leases))
-
-    async def collect(self) -> tuple[ChunkSummary, PayloadHandle]:
-        summary, payload = self.handle.collect.options(num_returns=2).remote()
-        return await self._answer(summary), payload
-
-    async def generate(self, leases: LeaseChunk) -> tuple[ChunkSummary, PayloadHandle]:
-        summary, payload = self.handle.generate.options(num_returns=2).remote(leases)
-        return await self._answer(summary), payload
-
-    async def update_weights(self, update: WeightUpdate) -> SyncReport:
-        return await self._answer(self.handle.update_weights.remote(update))
-
-    async def _answer(self, ref: Any) -> Any:
-        return await answer(ref, f"generator {self.name}", self.timeout_s + MARGIN_S)
-
-    async def sleep(self) -> None:
-        await answer(self.handle.sleep.remote(), f"generator {self.name}", self.timeout_s + MARGIN_S)
-
-    async def wake(self) -> None:
-        await answer(self.handle.wake.remote(), f"generator {self.name}", self.timeout_s + MARGIN_S)
-
-
-class RayFleet:
-    """FleetPort: starts generators and replaces the dead, within a budget.
-
-    Args:
-        start: makes the actor of index i and returns its handle; the actor has a ``start`` method to await.
-        start_timeout_s: of that method; a first download of the model is in it.
-    """
-
-    def __init__(
-        self, start: Callable[[int], Any], timeout_s: float, restarts: int = 20, start_timeout_s: float = 1800.0
-    ) -> None:
-        self._start, self.timeout_s, self._restarts = start, timeout_s, restarts
-        self.members: dict[str, RayGenerator] = {}
-        self._start_timeout_s = start_timeout_s
-
-    async def launch(self, count: int) -> None:
-        await asyncio.gather(*(self._add(i) for i in range(count)))
-
-    async def _add(self, index: int) -> RayGenerator:
-        name = f"generator-{index}"
-        handle = self._start(index)
-        try:
-            await answer(handle.start.remote(), name, self._start_timeout_s)
-        except WorkerLost as error:
-            raise RunError(
-                f"{name} did not start: {error}; its log is in Ray's session folder. A model that is still being "
-                f"downloaded needs a longer rollout.start_timeout_s"
-            ) from error
-        self.members[name] = RayGenerator(name, handle, self.timeout_s)
-        return self.members[name]
-
-    def generators(self) -> list[GeneratorPort]:
-        return list(self.members.values())
-
-    async def replace(self, name: str, why: str) -> GeneratorPort:
-        if self._restarts == 0:
-            raise RunError(f"{name} was lost ({why}) and the budget of restarts is used up")
-        self._restarts -= 1
-        ray.kill(self.members[name].handle)
-        return await self._add(int(name.rsplit("-", 1)[1]))
 
 
 class RayVerifiers:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import secrets
 import shutil
 import signal
+import threading
 import time
 import uuid
 from collections import Counter
@@ -21,8 +23,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.cluster.adapters import RayFleet, RayLedger, RayVerifiers, answer
+from actors.cluster.adapters import RayLedger, RayVerifiers, answer
 from actors.cluster.colocate import asleep
+from actors.cluster.fleet import RayFleet
 from actors.cluster.placement import Placement, live_nodes
 from actors.cluster.probe import check_shared
 from actors.cluster.rollout_table import show_rollouts
@@ -41,7 +44,7 @@ from cures_ray.ledger.prompts import write_prompts
 from cures_ray.loop.driver import Driver, Ports
 from cures_ray.loop.evaluate import Evaluator
 from cures_ray.loop.sample_log import SampleLog
-from cures_ray.messages import Accounting, ConfigError, RunError
+from cures_ray.messages import Accounting, ConfigError, LearnerLost, RunError
 from cures_ray.run.checkpoint import CheckpointStore, step_of
 from cures_ray.run.preflight import Inputs, prepare_inputs
 from cures_ray.run.sinks import RunLog
@@ -174,10 +177,14 @@ def _train(config: Config, inputs: Inputs) -> RunSummary:
             f"{config.trainer.steps}: nothing to do; raise trainer.steps, or choose another checkpoint.dir"
         )
     began = time.monotonic()
+    if threading.current_thread() is threading.main_thread():  # until the event loop takes over: end in order
+        signal.signal(signal.SIGTERM, _raise_interrupt)
     with own_ray(config):
         run = Run(config, inputs)
         try:
             return asyncio.run(run.execute(began))
+        except asyncio.CancelledError:  # by ``Run.interrupt``
+            raise KeyboardInterrupt from None
         finally:
             run.teardown()
 
@@ -201,6 +208,10 @@ class Run:
         self.actors: list[Any] = []
         self.starts: Counter[str] = Counter()  # of each generator; a killed one gives its name back some time later
         self.learner: LearnerGroup | None = None
+        self.driver: Driver | None = None
+        self.main: asyncio.Task[Any] | None = None  # ``execute``
+        self.signals = 0  # SIGINT and SIGTERM so far
+        self.ledger: Any = None
         self.backend = self._backend()
         tables = {"train": inputs.train} | ({"eval": inputs.eval} if inputs.eval is not None else {})
         self.prompts = ray.put(tables)  # generators and verifiers look leases up in them
@@ -210,6 +221,10 @@ class Run:
             self.log.note(note)
 
     async def execute(self, began: float) -> RunSummary:
+        self.main = asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(NotImplementedError, RuntimeError, ValueError):
+                asyncio.get_running_loop().add_signal_handler(number, self.interrupt)
         ports = await self._start_actors()
         evaluator = self._evaluator(ports)
         version = 0
@@ -217,26 +232,32 @@ class Run:
             version = step_of(self.inputs.resume)
             evaluator.history = _load_history(self.inputs.resume)
             self.log.note(f"resuming from {self.inputs.resume} at version {version}")
-        driver = Driver(
-            self.config,
-            ports,
-            self.log,
-            version=version,
-            evaluate=evaluator if self.inputs.eval is not None else None,
-            save_checkpoint=lambda v: self._save(v, ports, evaluator),
-            show_rollouts=partial(show_rollouts, config=self.config, prompts=self.inputs.train, log=self.log)
-            if self.log.has_tables
-            else None,
-        )
         started = time.monotonic()
         await self.cpu.read()  # what came before is the start
         self.log.note(f"all actors are up after {started - began:.0f} s; run folder {self.inputs.run_dir}")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with suppress(NotImplementedError, RuntimeError, ValueError):
-                asyncio.get_running_loop().add_signal_handler(number, driver.stop)
         gauges = ProcessGauges("driver", "driver", children=False, on=self.config.logging.ray_metrics)
         watch = asyncio.create_task(gauges.watch())
-        accounting = await driver.run()
+        for restarts in itertools.count():
+            driver = self.driver = Driver(
+                self.config,
+                ports,
+                self.log,
+                version=version,
+                evaluate=evaluator if self.inputs.eval is not None else None,
+                save_checkpoint=lambda v: self._save(v, ports, evaluator),
+                show_rollouts=partial(show_rollouts, config=self.config, prompts=self.inputs.train, log=self.log)
+                if self.log.has_tables
+                else None,
+            )
+            if self.signals:  # one that came before there was a driver
+                driver.stop()
+            try:
+                accounting = await driver.run()
+                break
+            except LearnerLost as error:
+                if restarts == self.config.trainer.max_restarts:
+                    raise
+                version = await self._restart_learner(ports, evaluator, driver.version, str(error))
         watch.cancel()
         await self.cpu.read()
         summary = RunSummary(
@@ -263,11 +284,41 @@ class Run:
         path.write_text(json.dumps(summary.as_json(), indent=1) + "\n")
         return summary
 
+    async def _restart_learner(self, ports: Ports, evaluator: Evaluator, reached: int, why: str) -> int:
+        """Learner and ledger back to the newest checkpoint, generators stay; the version to go on from."""
+        began = time.monotonic()
+        assert self.learner is not None
+        lost = (await ports.ledger.status()).accounting
+        checkpoint, _ = self.store.newest_intact()
+        version = step_of(checkpoint) if checkpoint else 0
+        await self.learner.restart(checkpoint / "learner" if checkpoint else None)
+        await self.fleet.reset()  # what they work on belongs to the ledger that ends here
+        ray.kill(self.ledger)
+        ports.ledger = RayLedger(self._ledger(checkpoint))
+        kept = (await ports.ledger.status()).accounting
+        evaluator.history = [entry for entry in evaluator.history if entry[0] <= version]
+        self.log.rewind(version)
+        self.log.note(
+            f"{why}. Restarted from {checkpoint or 'the model'} in {time.monotonic() - began:.0f} s: "
+            f"{reached - version} steps and {lost.planned - kept.planned} rollouts are made again"
+        )
+        return version
+
+    def interrupt(self) -> None:
+        """SIGINT or SIGTERM: the first one stops the run after its step, the second one ends it at once."""
+        self.signals += 1
+        if self.signals == 1 and self.driver is not None:
+            self.driver.stop()
+        elif self.main is not None:
+            saved = "what was saved last stays" if self.driver is not None else "nothing was trained"
+            self.log.note(f"interrupted{'' if self.signals == 1 else ' again'}: ending now; {saved}")
+            self.main.cancel()
+
     async def _start_actors(self) -> Ports:
         """Generators, learner and verifiers start side by side; the ledger last, when everything stands."""
         config, inputs = self.config, self.inputs
         options = [self.placement.options("learner", rank) for rank in range(config.learner.num_ranks)]
-        fleet = RayFleet(self._generator, config.rollout.timeout_s, start_timeout_s=config.rollout.start_timeout_s)
+        fleet = self.fleet = RayFleet(self._generator, config.rollout, self.log.note)
         alone = partial(asleep, fleet.members.values) if config.placement.colocate else nullcontext
         learner = self.learner = LearnerGroup(config, options, alone, f"{self.name}-learner")
         verifiers = [self._verifier(i) for i in range(config.verifier.num_workers)]
@@ -275,12 +326,12 @@ class Run:
         canary = [inputs.train.row(i).token_ids for i in range(min(config.weights.canary_prompts, len(inputs.train)))]
         await asyncio.gather(
             learner.start(self.shm, self.backend, canary, resume),
-            fleet.launch(config.rollout.num_generators),
+            fleet.launch(),
         )
-        ledger = self._ledger()
+        ledger = self._ledger(inputs.resume)
         self.cpu = CpuMeter(
             lambda: {
-                "ledger": [ledger],
+                "ledger": [self.ledger],
                 "generator": [g.handle for g in fleet.members.values()],
                 "verifier": verifiers,
                 "learner": learner.ranks,
@@ -305,7 +356,7 @@ class Run:
 
         return resolve(self.config, on_gpu=on_gpu, nodes=len(live_nodes()))
 
-    def _ledger(self) -> Any:
+    def _ledger(self, checkpoint: Path | None) -> Any:
         inputs = self.inputs
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # beside its folder
         options = {"name": f"{self.name}-ledger", "num_cpus": 0, "max_restarts": -1, "max_task_retries": 0}
@@ -318,8 +369,9 @@ class Run:
             str(folder),
             self.config,
             session,
-            str(inputs.resume.resolve() / "ledger") if inputs.resume else None,
+            str(checkpoint.resolve() / "ledger") if checkpoint else None,
         )
+        self.ledger = handle
         self.actors.append(handle)
         return handle
 
@@ -377,6 +429,10 @@ class Run:
         self.placement.remove()
         shutil.rmtree(self.shm, ignore_errors=True)
         self.log.close()
+
+
+def _raise_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _has_cuda() -> bool:

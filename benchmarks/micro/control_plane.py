@@ -31,7 +31,8 @@ import numpy as np
 import psutil
 import ray
 
-from actors.cluster.adapters import RayGenerator, RayLedger, RayVerifiers
+from actors.cluster.adapters import RayLedger, RayVerifiers
+from actors.cluster.fleet import RayGenerator
 from actors.cluster.launch import own_ray
 from actors.generator import GeneratorActor
 from actors.ledger import LedgerActor
@@ -208,7 +209,7 @@ def window(prompts: int, steps: int) -> dict[str, float]:
     config = Config.model_validate(
         {
             "curriculum": {"prompts_per_step": prompts, "rollouts_per_step": prompts},
-            "trainer": {"steps": steps, "no_progress_timeout_s": 60.0},
+            "trainer": {"steps": steps, "no_progress_timeout_s": 180.0},
             "eval": {"interval": 0},
             "checkpoint": {"interval": 0},
             "rollout": {"max_new_tokens": TOKENS},
@@ -240,7 +241,7 @@ async def _run(config: Config, folder: Path) -> dict[str, float]:
     clock = Clock(pids, timed, config.trainer.steps)
     ports = Ports(
         ledger=timed,
-        fleet=Fleet([RayGenerator("generator-0", generator, config.rollout.timeout_s)]),
+        fleet=Fleet([RayGenerator("generator-0", generator, config.rollout)]),
         verifier=RayVerifiers([verifier], config),
         learner=InstantLearner(),
     )

@@ -40,12 +40,23 @@ from cures_ray.loop.chunks import Place
 from cures_ray.loop.generation import Generation
 from cures_ray.loop.ports import GeneratorPort, Observer, Ports
 from cures_ray.loop.slots import Metrics, longest_waiting, step_metrics
-from cures_ray.messages import Accounting, BatchPlan, CommitReport, PayloadsLost, RunError, StepReport, TrainingBatch
+from cures_ray.messages import (
+    Accounting,
+    BatchPlan,
+    CheckpointError,
+    CommitReport,
+    LearnerLost,
+    PayloadsLost,
+    RunError,
+    StepReport,
+    TrainingBatch,
+)
 
 # (version, the generators that hold it now, whom to tell of answers) -> eval/... metrics
 Evaluate = Callable[[int, Callable[[], list[GeneratorPort]], Callable[[str], None]], Coroutine[Any, Any, Metrics]]
 SaveCheckpoint = Callable[[int], Awaitable[None]]  # version
 ShowRollouts = Callable[[TrainingBatch], Coroutine[Any, Any, None]]
+EMERGENCY_S = 60.0  # for the checkpoint of a run that fails
 
 
 class Driver:
@@ -79,6 +90,8 @@ class Driver:
         self._step_began = time.monotonic()
         self._bottleneck = Bottleneck(config.algo.train_cost)
         self._stopping = False
+        self._stop_by = 0.0  # when a stopped run leaves the batch in work
+        self._sound = False  # ledger and learner stand between two steps: what a checkpoint may hold
         self.interrupted_at: int | None = None  # the version at which ``stop`` ended the run before its last step
 
     async def run(self) -> Accounting:
@@ -100,7 +113,9 @@ class Driver:
                 watchdog.cancel()
                 self._generation.close()
         except BaseExceptionGroup as group:
-            raise _first_error(group) from group
+            error = _first_error(group)
+            await self._save_what_is_sound(error)
+            raise error from group
         status = await self.ports.ledger.status()
         status.accounting.check()
         return status.accounting
@@ -111,8 +126,21 @@ class Driver:
         return dict(self._generation.faults.reasons)
 
     def stop(self) -> None:
-        """Finish the current step, save a checkpoint and return from ``run``."""
-        self._stopping = True
+        """Finish the current step, save a checkpoint and return from ``run``. Rollouts that are not there within
+        ``trainer.stop_timeout_s`` are not waited for: the next start generates them again."""
+        wait = self.config.trainer.stop_timeout_s
+        self._stopping, self._stop_by = True, time.monotonic() + wait
+        self._ready.set()
+        self.observer.note(f"stopping: {self._doing}, for at most {wait:g} s, then a checkpoint. Again: end at once")
+
+    async def _save_what_is_sound(self, error: BaseException) -> None:
+        """A run that failed between two steps leaves a checkpoint of them."""
+        if not self._sound or isinstance(error, asyncio.CancelledError | LearnerLost):
+            return
+        with suppress(Exception):
+            async with asyncio.timeout(EMERGENCY_S):
+                await self._checkpoint_at(self.version, force=True)
+                self.observer.note(f"the run failed; version {self.version} is saved")
 
     # -- training --------------------------------------------------------------------------------
 
@@ -121,9 +149,14 @@ class Driver:
         for step in range(self.version, self.config.trainer.steps):
             began = time.monotonic()
             plan = await self._wait_for_plan(step)
-            if plan is None:  # the budget is spent
-                await self._evaluate_at(step, last=True)
+            if plan is None:  # the budget is spent, or the run is stopped
+                await self._checkpoint_at(step, force=True)  # before anything that may fail
+                if self._stopping:
+                    self.interrupted_at = step
+                else:
+                    await self._evaluate_at(step, last=True)
                 break
+            self._sound = False
             idle = time.monotonic() - began
             plan, groups, batch, commit, report = await self._train(step, plan)
             await self._finish_evaluation()  # it measures this version: weights may not change under it
@@ -134,13 +167,13 @@ class Driver:
                 self._tasks.create_task(self._show_rollouts(batch))
             metrics = step_metrics(plan, groups, report, accounting, step) | {"time/learner_idle_s": idle}
             last = step + 1 == self.config.trainer.steps
-            if self._stopping or not last:
-                # before generators get leases again: with max_staleness = 0 nothing of the next batch has begun, so
-                # that a resumed run is the same run
-                await self._checkpoint_at(step + 1, force=self._stopping)
+            # Before generators get leases again: with max_staleness = 0 nothing of the next batch has begun, so that a
+            # resumed run is the same run. And before the last evaluation, which may fail.
+            await self._checkpoint_at(step + 1, force=self._stopping or last)
             if not self._stopping:
                 began = time.monotonic()
                 await self._publish(step + 1)
+                self._sound = True
                 metrics["time/publish_s"] = time.monotonic() - began
             metrics |= self._measured()
             self._bottleneck.observe(
@@ -155,8 +188,6 @@ class Driver:
                 break
             await self._evaluate_at(step + 1)
             await self._observe(step + 1, metrics)
-            if last:
-                await self._checkpoint_at(step + 1, force=True)
         await self._finish_evaluation()
 
     async def _train(
@@ -178,7 +209,8 @@ class Driver:
             plan = again
 
     async def _wait_for_plan(self, step: int) -> BatchPlan | None:
-        """The plan of batch ``step``; None when the rollout budget is spent and everything is settled."""
+        """The plan of batch ``step``; None when the rollout budget is spent and everything is settled, or when the run
+        is stopped and the rollouts do not come."""
         budget = self.config.trainer.rollout_budget
         while True:
             self._ready.clear()
@@ -186,6 +218,8 @@ class Driver:
             if plan is not None:
                 return plan
             self._doing = f"batch {step}: waiting for rollouts"
+            if self._stopping and time.monotonic() >= self._stop_by:
+                return None
             if budget is not None:
                 accounting = (await self.ports.ledger.status()).accounting
                 if accounting.planned >= budget and accounting.in_flight == 0:
@@ -233,7 +267,10 @@ class Driver:
         every = self.config.checkpoint.interval
         if self._save_checkpoint is not None and (force or (every and version % every == 0)):
             self._doing = f"checkpoint at version {version}"
-            await self._save_checkpoint(version)
+            try:
+                await self._save_checkpoint(version)
+            except CheckpointError as error:  # the ones before it are intact: training goes on
+                self.observer.note(f"no checkpoint at version {version}: {error}")
             self._progress(f"checkpoint at version {version}")
 
     # -- watching --------------------------------------------------------------------------------

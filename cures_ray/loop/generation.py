@@ -22,7 +22,7 @@ import numpy as np
 from cures_ray.config import Config
 from cures_ray.loop.chunks import Place, VerifiedChunk, all_faults, settlement
 from cures_ray.loop.faults import FaultLog
-from cures_ray.loop.ports import CanaryFailed, GeneratorPort, PayloadLost, Ports, WorkerLost
+from cures_ray.loop.ports import CanaryFailed, GeneratorPort, PayloadLost, Ports, Retired, WorkerLost
 from cures_ray.loop.slots import Metrics, Slot
 from cures_ray.messages import (
     BatchPlan,
@@ -38,7 +38,7 @@ from cures_ray.messages import (
 
 VERIFY_ATTEMPTS = 5  # on changing verifiers, with growing pauses: a verifier that restarts is back by then
 RETRY_S = 0.5  # pause after the first failed verification; doubles, up to 5 s
-SYNC_ATTEMPTS = 2  # the generator and one replacement
+SYNC_ATTEMPTS = 2  # the generator and one replacement; then it is retired
 GRACE_S = 60.0  # beyond rollout.timeout_s, after which a lease that never came back counts as lost
 
 
@@ -107,13 +107,14 @@ class Generation:
     def _is_open(self, slot: Slot) -> bool:
         return not slot.lost and self._update is not None and slot.version == self._update.version
 
-    async def _sync(self, slot: Slot) -> None:
-        """Bring one generator to the published version. One that is lost, or fails its canary by chance, is replaced;
-        a replacement that fails too ends the run, as does a canary that fails alike twice."""
+    async def _sync(self, slot: Slot) -> bool:
+        """Bring one generator to the published version; False when it was retired instead. One that is lost, or fails
+        its canary by chance, is replaced; where the replacement fails too it is retired. A canary that fails alike
+        twice ends the run."""
         failures = 0
         while not self._is_open(slot):
-            if slot.lost:
-                await self._replace(slot)
+            if slot.lost and not await self._replace(slot):
+                return False
             generator, update = slot.generator, self._update
             assert update is not None, "weights are published before generators start"
             slot.loading = True
@@ -124,10 +125,12 @@ class Generation:
                     raise RunError(str(error)) from error
                 failures += 1
                 if failures == SYNC_ATTEMPTS:
-                    raise RunError(
-                        f"generator {generator.name} could not be brought to version {update.version}, "
-                        f"nor could its replacement: {error}"
-                    ) from error
+                    self._retire(
+                        slot,
+                        f"generator {generator.name} could not be brought to version {update.version}, nor could its "
+                        f"replacement: {error}",
+                    )
+                    return False
                 await self._lose(slot, generator, str(error) or type(error).__name__)
                 continue
             finally:
@@ -135,6 +138,7 @@ class Generation:
                 self._changed.set()
             slot.version, self.synced = report.version, report
             self._progress(f"generator {generator.name} holds version {report.version}")
+        return True
 
     async def _lose(self, slot: Slot, generator: GeneratorPort, why: str) -> None:
         """``generator`` is not to be used any more; what it had in work is generated again elsewhere."""
@@ -147,13 +151,32 @@ class Generation:
             await self.ports.ledger.give_back(keys, Discard.LOST)
         self.wake()
 
-    async def _replace(self, slot: Slot) -> None:
-        """Put a fresh generator, which holds the original weights, in the slot."""
-        self._note(f"generator {slot.generator.name} lost ({slot.lost}); starting a replacement")
-        slot.generator = await self.ports.fleet.replace(slot.generator.name, slot.lost)
+    async def _replace(self, slot: Slot) -> bool:
+        """Put a fresh generator, which holds the original weights, in the slot; False when there is none to be had."""
+        name = slot.generator.name
+        self._note(f"generator {name} lost ({slot.lost}); starting a replacement")
+        try:
+            slot.generator = await self.ports.fleet.replace(name, slot.lost)
+        except Retired as error:
+            self._retire(slot, str(error))
+            return False
         slot.lost, slot.version = "", -1
         self._start(self._collect(slot, slot.generator))
-        self._progress(f"generator {slot.generator.name} replaced")
+        self._progress(f"generator {name} replaced")
+        return True
+
+    def _retire(self, slot: Slot, why: str) -> None:
+        """Go on without this generator.
+
+        Raises:
+            RunError: fewer than rollout.min_generators are left.
+        """
+        self.slots = {name: other for name, other in self.slots.items() if other is not slot}
+        left, least = len(self.slots), self.config.rollout.min_generators
+        if left < least:
+            raise RunError(f"{why}. {left} generators are left, rollout.min_generators is {least}")
+        self._note(f"{why}. The run goes on with {left} generators")
+        self._changed.set()
 
     # -- leases ----------------------------------------------------------------------------------
 
@@ -162,12 +185,15 @@ class Generation:
         while True:
             slot.wake.clear()
             slot.track_idle()
-            await self._sync(slot)
+            if not await self._sync(slot):
+                return
             room = limit - slot.rollouts
             if room > 0:
                 leases = await self.ports.ledger.lease(slot.generator.name, room, slot.version)
                 if len(leases):
-                    await self._sync(slot)  # lost, or new weights, while the ledger answered
+                    if not await self._sync(slot):  # lost, or new weights, while the ledger answered
+                        await self.ports.ledger.give_back(leases.keys, Discard.LOST)
+                        return self.wake()
                     generator = slot.generator
                     slot.begin(leases)
                     try:

@@ -42,6 +42,10 @@ class PayloadLost(WorkerLost):
     """Rollouts that were generated are gone, with the node that held them: they must be generated again."""
 
 
+class Retired(RuntimeError):
+    """A generator cannot come back: its budget of restarts is used up."""
+
+
 class CanaryFailed(RuntimeError):
     """After a weight sync a generator's log-probabilities are not the learner's: its weights are wrong.
 
@@ -142,8 +146,8 @@ class FleetPort(Protocol):
     def generators(self) -> list[GeneratorPort]: ...
 
     async def replace(self, name: str, why: str) -> GeneratorPort:
-        """End generator ``name`` if it lives and start a fresh one with the original weights. Raises
-        RunError when the restart budget is used up."""
+        """End generator ``name`` if it lives and start a fresh one with the original weights. Raises Retired when it
+        cannot come back; it is no member any more then."""
         ...
 
 

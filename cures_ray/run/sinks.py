@@ -87,6 +87,12 @@ class RunLog:
             if self._silent[value] == SILENT_STEPS:
                 self.note(f"step {step}: every rollout of the last {SILENT_STEPS} batches was {what}. {advice}")
 
+    def rewind(self, step: int) -> None:
+        """Steps after ``step`` are made again."""
+        for sink in self.sinks:
+            if isinstance(sink, JsonLines):
+                sink.rewind(step)
+
     def note(self, text: str) -> None:
         for sink in self.sinks:
             sink.note(text)
@@ -111,7 +117,7 @@ class JsonLines:
     """metrics.jsonl: a line a step and evaluation, and the notes."""
 
     def __init__(self, path: Path) -> None:
-        self._written = _measured(path)
+        self.path, self._written = path, _measured(path)
         self._file = path.open("a")
 
     def step(self, step: int, metrics: Metrics, histograms: dict[str, np.ndarray]) -> None:
@@ -123,6 +129,18 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+    def rewind(self, step: int) -> None:
+        """Lines of later steps go to metrics-lost.jsonl, so that no step is there twice."""
+        self._file.close()
+        self._written = {key for key in self._written if key[0] <= step}
+        kept, lost = [], []
+        for line in self.path.read_text().splitlines(keepends=True):
+            (lost if json.loads(line).get("step", 0) > step else kept).append(line)
+        with self.path.with_name("metrics-lost.jsonl").open("a") as file:
+            file.writelines(lost)
+        self.path.write_text("".join(kept))
+        self._file = self.path.open("a")
 
     def _line(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")

@@ -27,7 +27,7 @@ class World:
         return Config.model_validate(
             {
                 "model": {"path": str(self.model), "lora": lora},
-                "rollout": {"max_new_tokens": 40, "temperature": TEMPERATURE},
+                "rollout": {"max_new_tokens": 40, "temperature": TEMPERATURE, "health_timeout_s": 30.0},
                 "algo": algo or {},
                 "curriculum": {"allocation": "sigma", "sigma": sigma},
                 "trainer": {"steps": 10, "no_progress_timeout_s": 60.0},

@@ -49,7 +49,7 @@ def small_config(**sections: dict) -> Config:
         "trainer": {"steps": 6, "no_progress_timeout_s": 20.0},
         "eval": {"interval": 0},
         "checkpoint": {"interval": 0},
-        "rollout": {"max_new_tokens": 16},
+        "rollout": {"max_new_tokens": 16, "health_timeout_s": 0.2},
         "verifier": {"max_fault_share": 1.0},
     }
     return Config.model_validate(merged(base, sections))
