@@ -134,7 +134,8 @@ class JsonLines:
         """Lines of later steps go to metrics-lost.jsonl, so that no step is there twice."""
         self._file.close()
         self._written = {key for key in self._written if key[0] <= step}
-        kept, lost = [], []
+        kept: list[str] = []
+        lost: list[str] = []
         for line in self.path.read_text().splitlines(keepends=True):
             (lost if json.loads(line).get("step", 0) > step else kept).append(line)
         with self.path.with_name("metrics-lost.jsonl").open("a") as file:
