@@ -144,9 +144,8 @@ class GeneratorActor:
 
     async def close(self) -> None:
         """End the engine's process."""
-        for task in (self._watch, self._reports):
-            if task is not None:
-                task.cancel()
+        for task in filter(None, (self._watch, self._reports)):
+            task.cancel()
         self._failure = self._failure or "closed"
         self._engine.shutdown()
 
@@ -157,13 +156,11 @@ class GeneratorActor:
             await asyncio.sleep(min(1.0, limit / 4))
             if self._engine.errored:
                 self._exit("the engine's process died")
-            if self._syncing.locked():  # loading has a deadline of its own, and the engine answers nothing meanwhile
-                continue
             try:
                 async with asyncio.timeout(limit):
                     await self._engine.is_sleeping()  # through the engine's own loop and back
             except TimeoutError:
-                if not self._syncing.locked():
+                if not self._syncing.locked():  # loading has a deadline of its own, and the engine is silent meanwhile
                     self._exit(f"the engine has not answered for {limit:g} s")
 
     async def reset(self) -> None:
@@ -213,7 +210,7 @@ class GeneratorActor:
         linger = min(max(LINGER_SHARE * self._mean_seconds, LINGER_S[0]), LINGER_S[1])
         if self._done and sum(len(work.samplings) for _, work in self._done) < ENOUGH:
             await asyncio.sleep(linger)
-        try:  # hand out nothing from weights that the canary has not passed; an empty answer says: I live
+        try:  # nothing goes out from weights that are not proven; an empty answer says: I live
             async with asyncio.timeout(POLL_S):
                 await self._proven.wait()
         except TimeoutError:

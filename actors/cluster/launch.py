@@ -15,7 +15,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,11 @@ from cures_ray.ledger.prompts import write_prompts
 from cures_ray.loop.driver import Driver, Ports
 from cures_ray.loop.evaluate import Evaluator
 from cures_ray.loop.sample_log import SampleLog
-from cures_ray.messages import Accounting, ConfigError, LearnerLost, RunError
+from cures_ray.messages import ConfigError, LearnerLost, RunError
 from cures_ray.run.checkpoint import CheckpointStore, step_of
 from cures_ray.run.preflight import Inputs, prepare_inputs
 from cures_ray.run.sinks import RunLog
+from cures_ray.run.summary import RunSummary
 
 QUIET = {
     "PYTHONWARNINGS": "ignore",
@@ -56,55 +57,6 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_PROFILING": "1",  # phases of a task in `ray timeline`
 }
-
-
-@dataclass(slots=True, kw_only=True)
-class RunSummary:
-    """What a run leaves behind; ``summary.json`` holds the same fields."""
-
-    accounting: Accounting
-    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    seconds_start: float = 0.0  # Ray, placement, engines
-    seconds_training: float = 0.0
-    run_dir: Path = Path()
-    exported: Path | None = None
-    seed: int = 0
-    interrupted_at: int | None = None  # the step before which SIGINT or SIGTERM ended the run
-    steps: int = 0
-    cpu_seconds: dict[str, float] = field(default_factory=dict)  # by role, of training
-    verifier_faults: dict[str, int] = field(default_factory=dict)  # verdicts that were faults, by reason
-
-    def as_json(self) -> dict[str, Any]:
-        first, last = (self.evaluations[0][1], self.evaluations[-1][1]) if self.evaluations else ({}, {})
-        if len(self.evaluations) == 1:  # not a before and an after
-            first, last = (first, {}) if self.evaluations[0][0] == 0 else ({}, last)
-        prefix, constant = "eval/greedy_accuracy/level_", "eval/best_constant_accuracy"
-        return {
-            "held_out_accuracy_before": first.get("eval/greedy_accuracy"),
-            "held_out_accuracy_after": last.get("eval/greedy_accuracy"),
-            "best_constant_accuracy": last.get(constant),
-            "by_level": {
-                k.removeprefix(prefix): {
-                    "before": first.get(k),
-                    "after": last[k],
-                    "best_constant": last.get(f"{constant}/level_{k.removeprefix(prefix)}"),
-                }
-                for k in sorted(last)
-                if k.startswith(prefix)
-            },
-            "planned": self.accounting.planned,
-            "trained": self.accounting.trained,
-            "discarded": {k.value: v for k, v in self.accounting.discarded.items()},
-            "in_flight": self.accounting.in_flight,
-            "seconds_start": round(self.seconds_start, 1),
-            "seconds_training": round(self.seconds_training, 1),
-            "cpu_seconds": {role: round(seconds, 1) for role, seconds in self.cpu_seconds.items()},
-            "verifier_faults": self.verifier_faults,
-            "seed": self.seed,
-            "interrupted_at": self.interrupted_at,
-            "exported_model": str(self.exported) if self.exported else None,
-            "evaluations": [{"version": v, **m} for v, m in self.evaluations],
-        }
 
 
 def start_ray(config: Config) -> bool:
@@ -180,6 +132,8 @@ def _train(config: Config, inputs: Inputs) -> RunSummary:
     if threading.current_thread() is threading.main_thread():  # until the event loop takes over: end in order
         signal.signal(signal.SIGTERM, _raise_interrupt)
     with own_ray(config):
+        if threading.current_thread() is threading.main_thread():  # Ray has put a handler of its own there
+            signal.signal(signal.SIGTERM, _raise_interrupt)
         run = Run(config, inputs)
         try:
             return asyncio.run(run.execute(began))

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from actors.cluster.launch import RunSummary
 from cures_ray.run.report import write_report
+from cures_ray.run.summary import RunSummary
 
 
 def ending(summary: RunSummary) -> str:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from actors.cluster.launch import RunSummary
 from actors.commands.ending import ending
 from cures_ray.messages import Accounting
+from cures_ray.run.summary import RunSummary
 
 
 def evaluation(version: int, accuracy: float) -> tuple[int, dict[str, float]]:
