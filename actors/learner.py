@@ -16,7 +16,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.learner_rank import LearnerRank
 from cures_ray.config import Config
-from cures_ray.messages import LearnerLost, RunError, StepReport, TrainingBatch, WeightUpdate
+from cures_ray.loop.ports import LearnerLost
+from cures_ray.messages import RunError, StepReport, TrainingBatch, WeightUpdate
 
 
 class LearnerGroup:

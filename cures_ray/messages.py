@@ -387,10 +387,6 @@ class ConfigError(RunError):
     """Bad configuration, data or environment, found before any actor starts."""
 
 
-class LearnerLost(RunError):
-    """A learner rank died or hangs. Its share of the optimizer is gone: the group starts again from a checkpoint."""
-
-
 class PayloadsLost(RunError):
     """Payloads of a batch are gone with the process that held them. Nothing was updated: their leases can be given
     back and the step repeated without them."""

@@ -43,8 +43,9 @@ from cures_ray.ledger.ledger import begin_session
 from cures_ray.ledger.prompts import write_prompts
 from cures_ray.loop.driver import Driver, Ports
 from cures_ray.loop.evaluate import Evaluator
+from cures_ray.loop.ports import LearnerLost
 from cures_ray.loop.sample_log import SampleLog
-from cures_ray.messages import ConfigError, LearnerLost, RunError
+from cures_ray.messages import ConfigError, RunError
 from cures_ray.run.checkpoint import CheckpointStore, step_of
 from cures_ray.run.preflight import Inputs, prepare_inputs
 from cures_ray.run.sinks import RunLog

@@ -38,14 +38,13 @@ from cures_ray.learning.thinning import Bottleneck
 from cures_ray.loop.assemble import assemble
 from cures_ray.loop.chunks import Place
 from cures_ray.loop.generation import Generation
-from cures_ray.loop.ports import GeneratorPort, Observer, Ports
+from cures_ray.loop.ports import GeneratorPort, LearnerLost, Observer, Ports
 from cures_ray.loop.slots import Metrics, longest_waiting, step_metrics
 from cures_ray.messages import (
     Accounting,
     BatchPlan,
     CheckpointError,
     CommitReport,
-    LearnerLost,
     PayloadsLost,
     RunError,
     StepReport,

@@ -24,6 +24,7 @@ from cures_ray.messages import (
     LedgerStatus,
     PayloadHandle,
     PromptRow,
+    RunError,
     Settlement,
     SettleReply,
     StepReport,
@@ -40,6 +41,10 @@ class WorkerLost(RuntimeError):
 
 class PayloadLost(WorkerLost):
     """Rollouts that were generated are gone, with the node that held them: they must be generated again."""
+
+
+class LearnerLost(RunError):
+    """A learner rank died or hangs, and its share of the optimizer with it: start again from a checkpoint."""
 
 
 class Retired(RuntimeError):

@@ -7,8 +7,8 @@ import time
 import pytest
 from fakes import World, small_config
 
-from cures_ray.loop.ports import Retired
-from cures_ray.messages import CheckpointError, Discard, LearnerLost, RunError
+from cures_ray.loop.ports import LearnerLost, Retired
+from cures_ray.messages import CheckpointError, Discard, RunError
 
 
 class Grave:
