@@ -130,11 +130,9 @@ def _train(config: Config, inputs: Inputs) -> RunSummary:
             f"{config.trainer.steps}: nothing to do; raise trainer.steps, or choose another checkpoint.dir"
         )
     began = time.monotonic()
-    if threading.current_thread() is threading.main_thread():  # until the event loop takes over: end in order
-        signal.signal(signal.SIGTERM, _raise_interrupt)
+    _interrupt_on_sigterm()  # until the event loop takes over
     with own_ray(config):
-        if threading.current_thread() is threading.main_thread():  # Ray has put a handler of its own there
-            signal.signal(signal.SIGTERM, _raise_interrupt)
+        _interrupt_on_sigterm()  # again: Ray has put a handler of its own there
         run = Run(config, inputs)
         try:
             return asyncio.run(run.execute(began))
@@ -386,8 +384,9 @@ class Run:
         self.log.close()
 
 
-def _raise_interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+def _interrupt_on_sigterm() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt: end in order
 
 
 def _has_cuda() -> bool:
