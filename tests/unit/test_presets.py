@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +10,7 @@ from cures_ray.config import Config, DataConfig
 from cures_ray.curriculum.machine import Curriculum
 from cures_ray.data.presets import DATA_PRESETS, EVAL_SETS, eval_settings
 from cures_ray.data.table import curriculum_columns, load_prompts
+from cures_ray.evaluation.scores import JudgedAnswer
 from cures_ray.loop.evaluate import Evaluator
 from cures_ray.messages import ConfigError
 from cures_ray.synthetic.base_model import build_tokenizer
@@ -134,12 +134,10 @@ def test_levels_of_text_work_as_prior_as_feature_and_in_the_summary_of_an_evalua
     for prior in ("level", "predictor", "mixture"):
         config = Config.model_validate({"curriculum": {"prior_from": prior}})
         assert Curriculum(config, *curriculum_columns(config, table)).lease("g0", 4, 0)
-    assert Evaluator(table, None)._summaries(np.array([1.0, 0.0])) == {  # type: ignore[arg-type]
-        "accuracy": 0.5,
-        "faults": 0.0,
-        "accuracy/level_Level 5": 1.0,
-        "accuracy/level_Level 1": 0.0,
-    }
+    answers = [[JudgedAnswer(reward=1.0, correct=True)], [JudgedAnswer(reward=0.0, correct=False)]]
+    found = Evaluator(table, None)._summaries("greedy", answers)  # type: ignore[arg-type]
+    assert found["greedy_accuracy"] == 0.5 and found["greedy_faults"] == 0.0
+    assert found["greedy_accuracy/level_Level 5"] == 1.0 and found["greedy_accuracy/level_Level 1"] == 0.0
 
 
 def test_an_unknown_preset_is_refused_with_those_there_are(tmp_path, tokenizer):

@@ -212,8 +212,8 @@ def test_who_writes_to_foreign_descriptors_gets_a_fault_and_shifts_nothing(what,
     file = tmp_path / "notes"
     with VerifyPool(foreign) as pool:
         verdicts = pool.verify(mixed(what, str(file))) + pool.verify([item("", str(file), level=1)])
-    notes = file.read_text().split()  # it happened: a descriptor was hit each time, in a repeated item twice
-    assert len(notes) >= 8 and set(notes) == {"1"}
+    notes = file.read_text().split()  # "1": a descriptor was hit; an item that is repeated may find none
+    assert notes.count("1") >= 8, "the fault happened in every fifth item"
     for i, verdict in enumerate(verdicts[:40]):
         if i % 5 == 2:
             assert verdict.is_fault and "descriptors that it did not open" in verdict.detail
