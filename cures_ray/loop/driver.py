@@ -187,6 +187,8 @@ class Driver:
                 break
             await self._evaluate_at(step + 1)
             await self._observe(step + 1, metrics)
+            if last and self._evaluation is None and self._evaluated == step + 1:
+                await self._checkpoint_at(step + 1, force=True)  # again: a resumed run keeps the last evaluation
         await self._finish_evaluation()
 
     async def _train(
