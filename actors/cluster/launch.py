@@ -177,7 +177,7 @@ class Run:
         self.main = asyncio.current_task()
         for number in (signal.SIGINT, signal.SIGTERM):
             with suppress(NotImplementedError, RuntimeError, ValueError):
-                asyncio.get_running_loop().add_signal_handler(number, self.interrupt)
+                asyncio.get_running_loop().add_signal_handler(number, self.interrupt, number)
         ports = await self._start_actors()
         evaluator = self._evaluator(ports)
         version = 0
@@ -257,10 +257,10 @@ class Run:
         )
         return version
 
-    def interrupt(self) -> None:
-        """SIGINT or SIGTERM: the first one stops the run after its step, the second one ends it at once."""
+    def interrupt(self, number: int) -> None:
+        """The first signal stops the run after its step; a second Ctrl-C ends it. Job servers repeat SIGTERM."""
         self.signals += 1
-        if self.signals == 1 and self.driver is not None:
+        if self.driver is not None and (self.signals == 1 or number == signal.SIGTERM):
             self.driver.stop()
         elif self.main is not None:
             saved = "what was saved last stays" if self.driver is not None else "nothing was trained"

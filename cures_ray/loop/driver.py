@@ -127,6 +127,8 @@ class Driver:
     def stop(self) -> None:
         """Finish the current step, save a checkpoint and return from ``run``. Rollouts that are not there within
         ``trainer.stop_timeout_s`` are not waited for: the next start generates them again."""
+        if self._stopping:
+            return
         wait = self.config.trainer.stop_timeout_s
         self._stopping, self._stop_by = True, time.monotonic() + wait
         self._ready.set()
