@@ -55,7 +55,10 @@ def _train(argv: list[str]) -> int:
     from actors.cluster.launch import train
     from actors.commands.ending import ending
 
-    summary = train(config)
+    try:
+        summary = train(config)
+    except SystemExit as error:  # Ray's own answer to SIGTERM while it starts
+        raise KeyboardInterrupt from error
     print(ending(summary))
     return 0 if summary.interrupted_at is None else 130
 
