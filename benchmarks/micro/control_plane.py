@@ -6,8 +6,7 @@ learner that answer at once.
                                    <-> VerifierActor over judges that do not look
 
 One rollout a prompt. A window is a process of its own: rollouts/s, CPU seconds of each role, seconds from lease to
-settlement. ``--other NAME=COMMAND`` adds a rival (an older commit, say): COMMAND prints such a window as JSON in its
-last line. Its windows alternate with this one's.
+settlement. ``--before`` alternates with commit 58f3ee2, where every lease travelled alone (needs the git history).
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import argparse
 import asyncio
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -58,6 +56,8 @@ from cures_ray.messages import (
 )
 from cures_ray.verify.pool import VerifyItem
 
+ROOT = Path(__file__).resolve().parents[2]
+BEFORE = "58f3ee2"  # the last commit whose leases travel alone
 WARMUP_STEPS = 5
 PROMPTS, TOKENS = 4096, 16  # in the table; of a completion
 BARS = {"rollouts_per_s": 3000.0, "control_us_per_rollout": 300.0, "workers_us_per_rollout": 500.0}
@@ -259,6 +259,22 @@ async def _run(config: Config, folder: Path) -> dict[str, float]:
     }
 
 
+def old_window(folder: Path) -> list[str]:
+    """Command of a window of the commit before chunks, in a work tree of its own.
+
+    Raises:
+        RunError: git cannot make the work tree.
+    """
+    tree = (folder / BEFORE).resolve()
+    if not tree.exists():
+        add = ["git", "worktree", "add", "--detach", str(tree), BEFORE]
+        done = subprocess.run(add, capture_output=True, text=True, cwd=ROOT, check=False)
+        if done.returncode:
+            raise RunError(f"{' '.join(add)} failed: {done.stderr.strip()}. --before needs a clone with its history.")
+    script = ROOT / "benchmarks" / "research" / f"control_plane_{BEFORE}.py"
+    return ["env", "-C", str(tree), f"PYTHONPATH={tree}", sys.executable, str(script)]
+
+
 def measure(sides: dict[str, list[str]], repeats: int) -> list[dict[str, Any]]:
     """One row a window; the sides alternate."""
     rows = []
@@ -278,7 +294,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prompts", type=int, default=1024, help="leases a step, one rollout each")
     parser.add_argument("--steps", type=int, default=45)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--other", action="append", default=[], metavar="NAME=COMMAND")
+    parser.add_argument("--before", action="store_true", help="alternate with commit 58f3ee2")
     parser.add_argument("--one", action="store_true", help="a single window, printed as JSON")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     args = parser.parse_args(argv)
@@ -287,7 +303,8 @@ def main(argv: list[str]) -> int:
         return 0
     options = ["--one", f"--prompts={args.prompts}", f"--steps={args.steps}"]
     sides = {"now": [sys.executable, "-m", "benchmarks.micro.control_plane", *options]}
-    sides |= {name: shlex.split(command) for name, _, command in (other.partition("=") for other in args.other)}
+    if args.before:
+        sides["before"] = old_window(Path("runs/bench/control-plane"))
     rows = measure(sides, args.repeats)
     figures = {
         f"{side}_{name}": spread([row[name] for row in rows if row["side"] == side])
