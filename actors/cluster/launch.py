@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
-import secrets
 import shutil
 import signal
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster.adapters import RayLedger, RayVerifiers, answer
 from actors.cluster.colocate import asleep
+from actors.cluster.connect import own_ray
 from actors.cluster.fleet import RayFleet
 from actors.cluster.placement import Placement, live_nodes
 from actors.cluster.probe import check_shared
@@ -50,63 +48,6 @@ from cures_ray.run.checkpoint import CheckpointStore, step_of
 from cures_ray.run.preflight import Inputs, prepare_inputs
 from cures_ray.run.sinks import RunLog
 from cures_ray.run.summary import RunSummary
-
-QUIET = {
-    "PYTHONWARNINGS": "ignore",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_PROFILING": "1",  # phases of a task in `ray timeline`
-}
-
-
-def start_ray(config: Config) -> bool:
-    """Connect to the cluster of ``ray.address`` or RAY_ADDRESS, or start one here. True: started here. A cluster that
-    merely happens to run on this machine is never joined."""
-    if ray.is_initialized():
-        return False
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": QUIET}}
-    if address:
-        ray.init(address=address, **common)
-        return False
-    _leave_no_token(config)
-    own: dict[str, Any] = {
-        "address": "local",
-        "num_cpus": config.ray.num_cpus,
-        "num_gpus": config.ray.num_gpus,
-        "include_dashboard": config.ray.dashboard,
-        "object_store_memory": config.ray.object_store_mb << 20,
-    }
-    try:
-        ray.init(**own, **common)
-    except Exception as error:  # Ray gives its node 30 s to register, which a busy machine may miss once
-        if "timed out during startup" not in str(error):
-            raise
-        ray.shutdown()
-        ray.init(**own, **common)
-    return True
-
-
-def _leave_no_token(config: Config) -> None:
-    """A Ray that starts here protects itself by a token. Without one it would write one into the home folder; every
-    later `ray start` would ask for it, while `ray job submit` would not send it (401). A token of this process' own
-    does as well; only Ray's dashboard needs one that a person can look up."""
-    kept = Path.home() / ".ray" / "auth_token"
-    named = any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    if not (named or kept.exists() or config.ray.dashboard):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
-@contextmanager
-def own_ray(config: Config) -> Iterator[None]:
-    """``start_ray`` for the length of a block; ended afterwards if it was started here."""
-    started_here = start_ray(config)
-    try:
-        yield
-    finally:
-        if started_here:
-            ray.shutdown()
 
 
 def train(config: Config, inputs: Inputs | None = None) -> RunSummary:

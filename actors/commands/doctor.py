@@ -79,7 +79,7 @@ def _accelerator() -> str:
 def _ray() -> str:
     import ray
 
-    from actors.cluster.launch import start_ray
+    from actors.cluster.connect import start_ray
 
     began_here = start_ray(Config())
     try:

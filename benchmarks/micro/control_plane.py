@@ -30,8 +30,8 @@ import psutil
 import ray
 
 from actors.cluster.adapters import RayLedger, RayVerifiers
+from actors.cluster.connect import own_ray
 from actors.cluster.fleet import RayGenerator
-from actors.cluster.launch import own_ray
 from actors.generator import GeneratorActor
 from actors.ledger import LedgerActor
 from actors.verifier import VerifierActor

@@ -222,7 +222,7 @@ def _spread(values: np.ndarray) -> list[float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from actors.cluster.launch import own_ray
+    from actors.cluster.connect import own_ray
     from benchmarks.harness.results_file import write_result
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

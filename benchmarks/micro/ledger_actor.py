@@ -19,7 +19,7 @@ import numpy as np
 import ray
 
 from actors.cluster.adapters import RayLedger
-from actors.cluster.launch import own_ray
+from actors.cluster.connect import own_ray
 from actors.ledger import LedgerActor
 from benchmarks.micro.ledger_cycle import CLIENTS, Row, config, settlement
 from cures_ray.config import Config, RayConfig

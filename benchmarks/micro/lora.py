@@ -80,7 +80,7 @@ def peak_mib(rank: Any) -> tuple[float, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from actors.cluster.launch import own_ray
+    from actors.cluster.connect import own_ray
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")

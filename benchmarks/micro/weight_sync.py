@@ -19,7 +19,7 @@ import numpy as np
 import ray
 import torch
 
-from actors.cluster.launch import own_ray
+from actors.cluster.connect import own_ray
 from actors.generator import GeneratorActor
 from actors.weights import shm
 from actors.weights.backend import Settings

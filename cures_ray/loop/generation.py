@@ -153,7 +153,7 @@ class Generation:
 
     async def _replace(self, slot: Slot) -> bool:
         """Put a fresh generator, which holds the original weights, in the slot; False when there is none to be had."""
-        name = slot.generator.name
+        name, began = slot.generator.name, time.monotonic()
         self._note(f"generator {name} lost ({slot.lost}); starting a replacement")
         try:
             slot.generator = await self.ports.fleet.replace(name, slot.lost)
@@ -162,6 +162,7 @@ class Generation:
             return False
         slot.lost, slot.version = "", -1
         self._start(self._collect(slot, slot.generator))
+        self._note(f"generator {name} is back after {time.monotonic() - began:.0f} s")
         self._progress(f"generator {name} replaced")
         return True
 

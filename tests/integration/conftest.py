@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors.cluster.launch import start_ray
+from actors.cluster.connect import start_ray
 from cures_ray.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -200,7 +200,7 @@ def test_a_local_run_never_joins_a_cluster_that_happens_to_run_and_leaves_no_tok
     show = "print('joined', ray.get_runtime_context().gcs_address, ray.cluster_resources()['CPU'])\n"
     plain = f"import ray; ray.init(); {show}"
     ours = (
-        "import ray; from actors.cluster.launch import own_ray; from cures_ray.config import Config\n"
+        "import ray; from actors.cluster.connect import own_ray; from cures_ray.config import Config\n"
         f"with own_ray(Config.model_validate({{'ray': {{'num_cpus': 1, 'object_store_mb': 80}}}})):\n    {show}"
     )
     near = {"RAY_TMPDIR": cluster.temp}  # where `ray start` noted that it runs, and where ray.init() looks

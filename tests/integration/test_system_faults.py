@@ -3,7 +3,6 @@
 Every test asserts that its fault happened.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import time
 import psutil
 import pytest
 import yaml
-from test_full_run import base, records, small_run  # noqa: F401
+from test_full_run import _safely, base, records, small_run  # noqa: F401
 
 from actors.cluster.launch import train
 from cures_ray.run.checkpoint import CheckpointStore, step_of
@@ -22,22 +21,42 @@ from cures_ray.run.checkpoint import CheckpointStore, step_of
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
 
 
-def when_trained(run_dir, step: int, act) -> threading.Thread:
-    """Run ``act()`` in a thread once ``step`` is in the log; ``thread.done`` holds its answer."""
+def trained(step: int):
+    """Holds once ``step`` is in the log."""
+    return lambda log: any(r["step"] >= step for r in log if "rollout/reward" in r)
+
+
+def noted(text: str, steps: int):
+    """Holds ``steps`` optimizer steps after a note with ``text``: however fast the machine is, the run went on."""
+
+    def holds(log):
+        at = [i for i, r in enumerate(log) if text in r.get("note", "")]
+        return bool(at) and sum("rollout/reward" in r for r in log[at[0] :]) >= steps
+
+    return holds
+
+
+def interrupt() -> bool:
+    """End the run of this process in order, after the step in work."""
+    os.kill(os.getpid(), signal.SIGINT)
+    return True
+
+
+def play(run_dir, *acts) -> threading.Thread:
+    """In a thread: each ``(holds, act)`` in turn, ``act()`` once ``holds`` of the run's log; ``thread.done`` has the
+    answers. A run that is played to has more steps than it can make, and ends by the last act."""
 
     def work():
         deadline = time.monotonic() + 300
-        while time.monotonic() < deadline:
-            try:
-                if any(r.get("step", 0) >= step and "rollout/reward" in r for r in records(run_dir)):
-                    thread.done = act()
+        for holds, act in acts:
+            while not holds(_safely(run_dir)):
+                if time.monotonic() > deadline:
                     return
-            except (OSError, json.JSONDecodeError):
-                pass
-            time.sleep(0.1)
+                time.sleep(0.1)
+            thread.done.append(act())
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.done = None
+    thread.done = []
     thread.start()
     return thread
 
@@ -70,30 +89,38 @@ def test_a_hung_engine_is_found_and_replaced_while_the_other_generator_works_on(
         engine.send_signal(signal.SIGSTOP)
         return engine
 
-    fault = when_trained(run_dir, 2, hang)
-    rollout = {"max_new_tokens": 48, "timeout_s": 60.0, "num_generators": 2, "health_timeout_s": 5.0}
-    summary = train(small_run(base, run_dir, rollout=rollout, trainer={"steps": 12}))
-    assert fault.done is not None, "no engine was stopped"
-    assert steps_of(run_dir) == list(range(1, 13))
-    assert [n for n in notes_of(run_dir) if "lost" in n and "starting a replacement" in n], notes_of(run_dir)
-    assert summary.accounting.in_flight == 0
+    story = play(run_dir, (trained(2), hang), (noted("is back after", 2), interrupt))
+    rollout = {"health_timeout_s": 5.0}
+    summary = train(small_run(base, run_dir, rollout=rollout, trainer={"steps": 10**6}, eval={"interval": 0}))
+    assert len(story.done) == 2, f"not all happened: {story.done}, {notes_of(run_dir)}"
+    steps = steps_of(run_dir)
+    assert steps == list(range(1, summary.interrupted_at + 1)), "every step once"
+    log = records(run_dir)
+    texts = [r.get("note", "") for r in log]
+    lost, back = (next(i for i, t in enumerate(texts) if part in t) for part in ("starting a replacement", "is back"))
+    assert "lost" in log[lost]["note"] and sum("rollout/reward" in r for r in log[lost:back]) >= 1, "nobody worked on"
     summary.accounting.check()
 
 
 def test_a_dead_learner_rank_starts_again_from_the_newest_checkpoint(base, tmp_path, ray_session):  # noqa: F811
     run_dir = tmp_path / "run"
-    fault = when_trained(run_dir, 5, lambda: descendants("ray::LearnerRank")[0].send_signal(signal.SIGKILL) or True)
-    summary = train(small_run(base, run_dir, trainer={"steps": 8}, checkpoint={"dir": str(run_dir), "interval": 2}))
-    assert fault.done, "no rank was killed"
+
+    def kill():
+        descendants("ray::LearnerRank")[0].send_signal(signal.SIGKILL)
+
+    story = play(run_dir, (trained(5), kill), (noted("Restarted from", 3), interrupt))
+    summary = train(small_run(base, run_dir, trainer={"steps": 10**6}))
+    assert len(story.done) == 2, f"not all happened: {story.done}, {notes_of(run_dir)}"
     said = [n for n in notes_of(run_dir) if "Restarted from" in n]
     assert len(said) == 1 and "steps and" in said[0] and "rollouts are made again" in said[0], notes_of(run_dir)
-    assert steps_of(run_dir) == list(range(1, 9)), "every step once"
-    assert summary.accounting.in_flight == 0 and step_of(CheckpointStore(run_dir).newest_intact()[0]) == 8
+    last = summary.interrupted_at
+    assert steps_of(run_dir) == list(range(1, last + 1)), "every step once"
+    assert step_of(CheckpointStore(run_dir).newest_intact()[0]) == last
     summary.accounting.check()
 
 
 def started(base, run_dir, tmp_path) -> subprocess.Popen:  # noqa: F811
-    config = small_run(base, run_dir, trainer={"steps": 500}).model_dump(mode="json", exclude_unset=True)
+    config = small_run(base, run_dir, trainer={"steps": 10**6}).model_dump(mode="json", exclude_unset=True)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     return subprocess.Popen(
@@ -114,21 +141,26 @@ def ended(process: subprocess.Popen, seconds: float) -> tuple[int, str]:
     return process.returncode, output
 
 
+def wait_until(process: subprocess.Popen, holds, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert process.poll() is None and time.monotonic() < deadline, "it ended, or never came so far"
+        time.sleep(0.1)
+
+
 def test_sigterm_in_start_up_ends_in_order(base, tmp_path):  # noqa: F811
     process = started(base, tmp_path / "run", tmp_path)
-    time.sleep(12.0)
-    assert process.poll() is None and not (tmp_path / "run" / "checkpoints").exists(), "it is still starting"
+    wait_until(process, (tmp_path / "run" / "metrics.jsonl").exists)  # Ray is up, the actors start
     process.send_signal(signal.SIGTERM)
     code, output = ended(process, 60)
+    assert "all actors are up" not in output, "it was not starting any more"
     assert code == 130 and "interrupted" in output and "SIGABRT" not in output, (code, output[-2000:])
 
 
 def test_one_signal_leaves_a_checkpoint_and_a_second_one_ends_at_once(base, tmp_path):  # noqa: F811
     run_dir = tmp_path / "run"
     process = started(base, run_dir, tmp_path)
-    deadline = time.monotonic() + 200
-    while (time.monotonic() < deadline and not (run_dir / "metrics.jsonl").exists()) or not steps_of(run_dir):
-        time.sleep(0.2)
+    wait_until(process, lambda: trained(1)(_safely(run_dir)))
     process.send_signal(signal.SIGINT)
     code, output = ended(process, 120)
     assert code == 130 and "stopping" in output, (code, output[-2000:])
