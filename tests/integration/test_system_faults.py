@@ -90,7 +90,7 @@ def test_a_hung_engine_is_found_and_replaced_while_the_other_generator_works_on(
         return engine
 
     story = play(run_dir, (trained(2), hang), (noted("is back after", 2), interrupt))
-    rollout = {"health_timeout_s": 5.0}
+    rollout = {"health_timeout_s": 5.0, "timeout_s": 20.0}
     summary = train(small_run(base, run_dir, rollout=rollout, trainer={"steps": 10**6}, eval={"interval": 0}))
     assert len(story.done) == 2, f"not all happened: {story.done}, {notes_of(run_dir)}"
     steps = steps_of(run_dir)
