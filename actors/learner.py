@@ -91,7 +91,8 @@ class LearnerGroup:
         async with self._alone():
             reports: list[StepReport] = await self._gather("train", batch)
         statistics = sorted((s for r in reports for s in r.gradient_statistics), key=lambda s: s.lease_id)
-        return replace(reports[0], gradient_statistics=tuple(statistics))
+        drift = {lease: nats for r in reports for lease, nats in r.drift.items()}
+        return replace(reports[0], gradient_statistics=tuple(statistics), drift=drift)
 
     async def logprobs(self, sequences: list[np.ndarray]) -> list[np.ndarray]:
         return (await self._gather("logprobs", sequences))[0]

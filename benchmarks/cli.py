@@ -9,6 +9,7 @@ BENCHMARKS = {  # subcommand -> (module with main(argv), or module:function; wha
     "demo": ("benchmarks.harness.demo", "what `make demo` gives on several seeds"),
     "convergence": ("benchmarks.harness.convergence", "methods at equal cost, with confidence intervals"),
     "protocol": ("benchmarks.harness.protocol", "the comparison that is fixed in PROTOCOL.md, part by part"),
+    "survey": ("benchmarks.harness.survey", "a base model's start accuracies by task, and the mixture that follows"),
     "sweep": ("benchmarks.harness.lr_sweep", "the same learning-rate sweep for every method, on seeds of its own"),
     "plateau": (
         "benchmarks.research.plateau",

@@ -57,6 +57,11 @@ class CurriculumSection(Section):
         return False
 
     @property
+    def measures_drift(self) -> bool:
+        """The learner measures how far it has moved on each prompt's last response."""
+        return False
+
+    @property
     def trains_pilots(self) -> bool:
         return False
 
@@ -267,7 +272,8 @@ class SpoCurriculum(_Total):
     """Failures that a tracker starts with."""
     belief: Literal["drift"] = "drift"
     """A tracker forgets by 2^(-D / `drift_half_life`), where D is how far the policy has moved on the prompt's last
-    response, in nats a token. Where D is not measured (outside of the benchmark engine) it forgets by `discount`."""
+    response, in nats a token. The learner measures it by a forward pass over that response. Where it does not have one
+    (after a resume, or when another rank trained it) the tracker forgets by `discount`."""
     discount: float = Field(0.9, gt=0, le=1)
     """What is left of old rewards at each new one where the drift is not measured."""
     drift_half_life: float = Field(0.06, gt=0)
@@ -284,6 +290,10 @@ class SpoCurriculum(_Total):
     @property
     def pilots(self) -> int:
         return self.pilot_rollouts
+
+    @property
+    def measures_drift(self) -> bool:
+        return True
 
 
 class GresoCurriculum(_Total, _Draw, _Kept):

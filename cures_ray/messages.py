@@ -2,11 +2,10 @@
 
 What travels between processes is a *chunk*: many leases as flat arrays, k leases of r rollouts in all. What counts
 is the lease: each settles once, and n differs between leases (``np.repeat(x_k, n)`` spreads a lease's value over its
-rollouts; nothing is reshaped). Rollout payloads (token ids, log-probabilities) stay behind an opaque handle
-(`PayloadHandle`): with Ray it is an ``ObjectRef``, in unit tests the object itself; the driver only passes it on.
+rollouts). Payloads (token ids, log-probabilities) stay behind an opaque handle (`PayloadHandle`), an ``ObjectRef`` with
+Ray and the object itself in unit tests; the driver only passes it on.
 
-One rollout's life: *planned* -> *leased* -> *generated* -> *verified* -> *trained* | *discarded(reason)*.
-Conservation, stated once (asserted by ``Accounting.check``):
+One rollout's life: *planned* -> *leased* -> *generated* -> *verified* -> *trained* | *discarded(reason)*. Conservation:
 
     planned = trained + sum(discarded.values()) + in_flight      (all counted in rollouts)
 """
@@ -304,6 +303,7 @@ class StepReport:
     step: int
     metrics: dict[str, float]  # loss, grad_norm, lr, kl, clip_fraction, is_ratio, seconds, tokens, flops
     gradient_statistics: tuple[GradientStatistics, ...] = ()
+    drift: dict[int, float] = field(default_factory=dict)  # lease_id -> nats a token, where measured (SPO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,6 +342,7 @@ class CommitReport:
     trained: dict[int, int]  # lease_id -> rollouts
     discarded: dict[int, dict[Discard, int]]
     gradient_statistics: tuple[GradientStatistics, ...] = ()
+    drift: dict[int, float] = field(default_factory=dict)  # as in StepReport
 
 
 @dataclass(slots=True, kw_only=True)

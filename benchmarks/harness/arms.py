@@ -61,7 +61,7 @@ _SINGLE: Overrides = {"curriculum.prompts_per_step": 256}
 _GVM: Overrides = {  # gradient norms from the last layer, cached from training; the paper measures them on the pilots
     "curriculum.method": "gvm",
     "curriculum.draw": "epoch",
-    "curriculum.pilot_rollouts": 4,
+    "curriculum.pilot_rollouts": 8,
     "curriculum.sigma": "last_layer",
 }
 _PAPER: Overrides = {  # Algorithm 1: 7 subsets of 2048 prompts, N' = 4 (32 % of the budget), 10 steps each
@@ -144,13 +144,19 @@ ARMS: dict[str, Overrides] = {
     "dapo": {
         "curriculum.method": "dapo",
         "curriculum.draw": "epoch",
+        "curriculum.dapo_max_rounds": 10,  # as in its release
         "algo.advantage": "grpo",
         "algo.clip_eps_high": 0.28,
         "algo.loss_length": "token",
     },
-    "speed": {"curriculum.method": "speed", "curriculum.draw": "epoch", "algo.advantage": "grpo"},
-    "mopps": {"curriculum.method": "mopps", "algo.advantage": "grpo"},
-    "ada": {"curriculum.method": "reinforce_ada", "curriculum.draw": "epoch", "algo.advantage": "dr_grpo"},
+    "speed": {"curriculum.method": "speed", "curriculum.draw": "epoch", "algo.advantage": "rloo"},
+    "mopps": {"curriculum.method": "mopps", "curriculum.mopps_pool_factor": 16, "algo.advantage": "grpo"},
+    "ada": {
+        "curriculum.method": "reinforce_ada",
+        "curriculum.draw": "epoch",
+        "algo.advantage": "dr_grpo",
+        "algo.clip_eps_high": 0.28,
+    },
     "knapsack": {"curriculum.method": "knapsack", "curriculum.draw": "epoch", "algo.advantage": "grpo"},
     # one rollout a prompt with a memory, or a better baseline for a few
     "spo": _SPO,
@@ -223,7 +229,7 @@ CONTROLS: dict[str, tuple[str, str]] = {  # control arm -> (arm, control)
 HEADLINE = ("grpo", "rpp", "rpp_single", "gvm", "dapo", "mopps", "cures", "wide", "wide_cures", "cures_wide")
 
 # Rollouts planned per rollout trained, about: such arms are evaluated more often, to have as many points per cost.
-PLANNED_PER_TRAINED = {"dapo": 3.2, "speed": 3.0, "ada": 3.0, "gvm": 1.5, "gvm_raft": 1.5, "cures": 1.5, "greso": 2.0}
+PLANNED_PER_TRAINED = {"dapo": 3.2, "speed": 3.0, "ada": 3.0, "gvm": 2.0, "gvm_raft": 2.0, "cures": 1.5, "greso": 2.0}
 
 _PAPER_ARMS = [name for name, arm in ARMS.items() if arm.get("curriculum.pilot_rollouts") and name.startswith("cures")]
 

@@ -190,8 +190,10 @@ def _in_process(spec: Spec, config: Config) -> dict[str, Any]:
         permute=control == "permuted",
         exact=spec.task in TASKS,
     )
+    constants = inputs.eval.best_constant() if inputs.eval is not None else {}
     return {
         "curve": join_curve(run.costs.marks, run.evaluations),
+        "best_constant": round(constants.get("best_constant_accuracy", 0.0), 5),
         "plans": _rounded(run.plans),
         "steps": _rounded([_chosen(step) for step in run.steps]),
         "seconds_by_component": {k: round(v, 3) for k, v in run.costs.seconds.items()},

@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", default=[], metavar="section.key=value")
     p.add_argument("--jobs", type=int, default=1)
     p.add_argument("--minutes", type=float)
+    p.add_argument("--other-code", action="store_true", help="keep finished cells that ran another version of the code")
     p.add_argument("--name", help="also write benchmarks/results/NAME.json")
     return p
 
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     specs = make_specs(args)
     until = time.time() + 60 * args.minutes if args.minutes else None
-    sweep = Sweep(args.out, args.jobs, until=until, log=_say)
+    sweep = Sweep(args.out, args.jobs, other_code=args.other_code, until=until, log=_say)
     sweep.run(specs)
     records = [r for r in map(sweep.result, specs) if r is not None]
     rows = rate_rows(records)
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
 def finished(argv: list[str]) -> list[dict[str, Any]]:
     """The records that a call with ``argv`` has left so far."""
     args = parser().parse_args(argv)
-    sweep = Sweep(args.out)
+    sweep = Sweep(args.out, other_code=args.other_code)
     return [r for r in map(sweep.result, make_specs(args)) if r is not None]
 
 

@@ -45,14 +45,19 @@ def compact(record: Record) -> Record:
     if record["status"] != "done":
         return line | {"why": record["why"], "log": record["log"][-3:]}
     points = record["curve"]
-    return line | {
-        "lr": record["config"]["learner"]["lr"],
-        "accounting": record["accounting"],
-        "seconds_by_component": record["seconds_by_component"],
-        "explain": {key: short(value) for key, value in explain(record).items()},
-        "by_level": [points[0]["by_level"], points[-1]["by_level"]],
-        "curve": {key: [short(p[key]) for p in points] for key in POINT_KEYS if key in points[0]},
-    }
+    constant = {"best_constant": record["best_constant"]} if "best_constant" in record else {}
+    return (
+        line
+        | constant
+        | {
+            "lr": record["config"]["learner"]["lr"],
+            "accounting": record["accounting"],
+            "seconds_by_component": record["seconds_by_component"],
+            "explain": {key: short(value) for key, value in explain(record).items()},
+            "by_level": [points[0]["by_level"], points[-1]["by_level"]],
+            "curve": {key: [short(p[key]) for p in points] for key in POINT_KEYS if key in points[0]},
+        }
+    )
 
 
 def expand(line: Record) -> Record:
@@ -64,12 +69,13 @@ def expand(line: Record) -> Record:
     curve = [dict(zip(line["curve"], values, strict=True)) for values in zip(*line["curve"].values(), strict=True)]
     for point, levels in zip((curve[0], curve[-1]), line["by_level"], strict=True):
         point["by_level"] = levels
-    kept = {key: line[key] for key in ("accounting", "seconds_by_component", "explain")}
+    kept = {key: line[key] for key in ("accounting", "seconds_by_component", "explain", "best_constant") if key in line}
     return record | kept | {"curve": curve, "config": {"learner": {"lr": line["lr"]}}, "plans": [], "steps": []}
 
 
 def explain(record: Record) -> dict[str, float]:
-    """What explains a run's curve: rollouts an update, useful share, distinct prompts, overheads."""
+    """What explains a run's curve: rollouts an update, useful share, distinct prompts, overheads; and the belief's
+    skill and weights at the end."""
     if "explain" in record:
         return record["explain"]
     end, account = record["curve"][-1], record["accounting"]
@@ -90,6 +96,7 @@ def explain(record: Record) -> dict[str, float]:
     }
     for key in ("distinct_prompts", "largest_n", "mixed_share", "ess_fraction", "tau"):
         series[key] = [p[key] for p in record["plans"] if key in p]
+    found |= {key: value for key, value in (record["steps"] or [{}])[-1].items() if key.startswith("belief/")}
     return found | {key: float(np.mean(values)) for key, values in series.items() if values}
 
 

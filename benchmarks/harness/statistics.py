@@ -94,22 +94,28 @@ def cost_to_reach(curve: Curve, target: float) -> float | None:
     return float(curve.cost[i - 1] + share * (curve.cost[i] - curve.cost[i - 1]))
 
 
-def target_of(baseline: Curve, fraction: float) -> float:
-    """The start plus ``fraction`` of the baseline's gain; 1 is its best smoothed accuracy."""
+def target_of(baseline: Curve, fraction: float, at_end: bool = False) -> float:
+    """The start plus ``fraction`` of the baseline's gain: to its best smoothed accuracy, or to that at its end."""
     values = baseline.smoothed
-    best = float(values.max())
+    best = float(values[-1] if at_end else values.max())
     # the best itself, not a sum that rounding may put above it
     return best if fraction == 1 else float(values[0] + fraction * (best - values[0]))
 
 
-def speedup(baseline: dict[int, Curve], method: dict[int, Curve], fraction: float, rng: np.random.Generator) -> Speedup:
-    """``method`` against ``baseline``, by seed, over the seeds that both have."""
+def speedup(
+    baseline: dict[int, Curve],
+    method: dict[int, Curve],
+    fraction: float,
+    rng: np.random.Generator,
+    at_end: bool = False,
+) -> Speedup:
+    """``method`` against ``baseline``, by seed, over the seeds that both have; targets as in ``target_of``."""
     seeds = sorted(set(baseline) & set(method))
     logs: list[float] = []
     per_seed: list[float | None] = []
     censored = unreached = 0
     for seed in seeds:
-        target = target_of(baseline[seed], fraction)
+        target = target_of(baseline[seed], fraction, at_end)
         own = cost_to_reach(baseline[seed], target)
         gain = target - float(baseline[seed].smoothed[0])
         if own is None or gain < LEAST_GAIN:

@@ -57,6 +57,7 @@ class Costs:
         self.trained_tokens += metrics.get("trained_tokens", 0.0)
         self.computed_tokens += metrics.get("computed_tokens", 0.0)
         self.learner_flops += metrics.get("flops", 0.0)
+        self.prompt_tokens += int(metrics.get("drift_tokens", 0.0))  # of SPO: a forward pass, like a prefill
         self.optimizer_steps += int(metrics.get("updates", 0.0))
 
     def mark(self, version: int, accounting: Accounting) -> None:

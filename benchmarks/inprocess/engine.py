@@ -24,7 +24,6 @@ import numpy as np
 from benchmarks.inprocess.accuracy import ExactAccuracy, RowCache
 from benchmarks.inprocess.controls import permuted
 from benchmarks.inprocess.costs import Costs
-from benchmarks.inprocess.drift import DriftMeter
 from benchmarks.inprocess.judges import JUDGES, LocalVerifier
 from benchmarks.inprocess.local_learner import LocalLearner
 from benchmarks.inprocess.oracle_sigma import MeasuredMoments, install
@@ -62,10 +61,8 @@ class LocalLedger:
     ``before_plan`` is called with the curriculum whenever a batch may be planned (the oracle control).
     """
 
-    def __init__(
-        self, curriculum: Curriculum, costs: Costs, before_plan: Any = None, drift: DriftMeter | None = None
-    ) -> None:
-        self.curriculum, self.costs, self.before_plan, self.drift = curriculum, costs, before_plan, drift
+    def __init__(self, curriculum: Curriculum, costs: Costs, before_plan: Any = None) -> None:
+        self.curriculum, self.costs, self.before_plan = curriculum, costs, before_plan
         self.plans: list[dict[str, float]] = []
 
     async def lease(self, worker: str, max_rollouts: int, version: int) -> LeaseChunk:
@@ -73,8 +70,6 @@ class LocalLedger:
             self.before_plan(self.curriculum, version)
         with self.costs.timed("curriculum"):
             leases = self.curriculum.lease(worker, max_rollouts, version)
-        if self.drift is not None:
-            self.drift.measure(self.curriculum, leases)
         return LeaseChunk.of(leases)
 
     async def settle(self, settlement: Settlement) -> SettleReply:
@@ -127,16 +122,9 @@ def _shape(plan: BatchPlan) -> dict[str, float]:
 class LocalGenerator:
     """GeneratorPort that samples everything that waits in one batch. ``prompts``: the tables by name."""
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        costs: Costs,
-        prompts: Mapping[str, RowCache],
-        max_batch: int,
-        drift: DriftMeter | None = None,
-    ) -> None:
+    def __init__(self, sampler: Sampler, costs: Costs, prompts: Mapping[str, RowCache], max_batch: int) -> None:
         self.name, self.version, self.max_batch = "inprocess", -1, max_batch
-        self.sampler, self.costs, self.prompts, self.drift = sampler, costs, prompts, drift
+        self.sampler, self.costs, self.prompts = sampler, costs, prompts
         self._queue: list[tuple[LeaseChunk, int, asyncio.Future[list[Sampled]]]] = []  # lease i of a chunk
         self._done: list[tuple[LeaseChunk, int, list[Sampled], float]] = []  # with the seconds that it took
         self._finished = asyncio.Event()
@@ -210,12 +198,10 @@ class LocalGenerator:
                 if not future.done():
                     future.set_exception(error)
             raise
-        for request, (leases, i, future), rollouts in zip(requests, batch, results, strict=True):
+        for request, (*_, future), rollouts in zip(requests, batch, results, strict=True):
             if training:
                 length = sum(len(r[0]) for r in rollouts)
                 self.costs.generated(self.sampler.parameters, len(request.prompt), length)
-                if self.drift is not None:
-                    self.drift.record(int(leases.lease_id[i]), rollouts)
             if not future.done():
                 future.set_result(rollouts)
 
@@ -342,14 +328,13 @@ def run_in_process(
     sampler = Sampler(learner.policy.lm, inputs.tokenizer, rollout.temperature, rollout.max_new_tokens)
     train = RowCache(inputs.train)
     tables = {"train": train} | ({"eval": RowCache(inputs.eval)} if inputs.eval is not None else {})
-    drift = DriftMeter(sampler, train.all, costs) if config.curriculum.method == "spo" else None
-    generator = LocalGenerator(sampler, costs, tables, config.rollout.max_concurrent_rollouts, drift)
+    generator = LocalGenerator(sampler, costs, tables, config.rollout.max_concurrent_rollouts)
     learner.before_training = generator.drain
     curriculum = make_curriculum(config, inputs, permute)
     if measure_sigma:
         install(curriculum, MeasuredMoments(learner, sampler, JUDGES[task], train.all))
     before_plan = _oracle(oracle, ExactAccuracy(sampler, train, task), costs) if oracle is not None else None
-    ledger = LocalLedger(curriculum, costs, before_plan, drift)
+    ledger = LocalLedger(curriculum, costs, before_plan)
     verifier = LocalVerifier(JUDGES[task], tables, config.trainer.seed, coin)
     ports = Ports(ledger=ledger, fleet=LocalFleet(generator), verifier=verifier, learner=learner)
     evaluator = None

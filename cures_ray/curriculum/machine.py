@@ -297,6 +297,7 @@ class Curriculum:
             del self._held[held.lease.lease_id]
         self.endings = list(zip(batch.leases, endings, strict=True))
         prompt_of = {held.lease.lease_id: held.lease.prompt_index for held in batch.leases}
+        self.pool.note_drift({prompt_of[lease]: nats for lease, nats in report.drift.items() if lease in prompt_of})
         statistics = [g for g in report.gradient_statistics if g.lease_id in prompt_of]
         self.pool.observe_gradients([prompt_of[g.lease_id] for g in statistics], statistics)
         self._learn(batch)

@@ -100,10 +100,11 @@ class PromptPool:
             successes, total = float(evidence @ rewards.astype(np.float64)), float(evidence.sum())
             self._pending.append((*key, index, successes, max(total - successes, 0.0)))
 
-    def note_drift(self, index: np.ndarray, drift: np.ndarray) -> None:
-        """How far the policy has moved on the prompts' last responses, nats a token [k]; 0 for a first response."""
-        if self.drift is not None:
-            self.drift[index] = drift
+    def note_drift(self, drift: dict[int, float]) -> None:
+        """How far the policy had moved on the last responses of prompts, nats a token, for evidence that is not counted
+        yet."""
+        if self.drift is not None and drift:
+            self.drift[list(drift)] = list(drift.values())
 
     def _forgetting(self, rows: np.ndarray) -> np.ndarray:
         """SPO's rho = 2^(-D / D_half) within its bounds, float64 [k]; where D is not known ``discount``, and 1 for the
@@ -111,6 +112,7 @@ class PromptPool:
         c = self.settings(SpoCurriculum)
         assert self.drift is not None
         drift = self.drift[rows].astype(np.float64)
+        self.drift[rows] = np.nan  # it is about these rewards; the next ones have their own
         rho = np.clip(np.exp2(-drift / c.drift_half_life), c.rho_min, c.rho_max)
         return np.where(np.isnan(drift), np.where(self._belief.visits[rows] == 0, 1.0, c.discount), rho)
 

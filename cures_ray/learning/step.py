@@ -24,9 +24,10 @@ from torch import Tensor
 
 from cures_ray.config import Config
 from cures_ray.learning.advantages import BEFORE_WHITENING
+from cures_ray.learning.drift import LastResponses
 from cures_ray.learning.gradient_norms import LastLayerStatistics
 from cures_ray.learning.losses import LossInputs, mean_metrics, policy_loss, token_advantages, whitened
-from cures_ray.learning.packing import MicroBatch, collate, make_row, mini_batches, plan_step
+from cures_ray.learning.packing import MicroBatch, Row, collate, make_row, mini_batches, plan_step
 from cures_ray.learning.policy import ModelSize, learning_rate
 from cures_ray.learning.thinning import computed, moving, takes_statistics
 from cures_ray.messages import RolloutChunk, RunError, StepReport, TrainingBatch, TrainingGroup
@@ -64,6 +65,7 @@ class MiniBatch:
     """What one optimizer step computes on this rank."""
 
     micro: list[MicroBatch]
+    rows: list[Row]
     moves: bool  # some rollout on some rank has a gradient
     reference: list[Tensor] | None = None  # log-probabilities [N] of each micro-batch
     prox: list[Tensor] | None = None
@@ -79,6 +81,7 @@ class LearnerStep:
 
     def __init__(self, config: Config, engine: Engine, size: ModelSize, reference: Any = None) -> None:
         self.config, self.engine, self.size, self.reference = config, engine, size, reference
+        self.last = LastResponses(config.learner.max_tokens_per_rank) if config.curriculum.measures_drift else None
 
     def train(self, batch: TrainingBatch, fetch: Fetch) -> StepReport:
         """Update the policy on ``batch``; the same report on every rank but for its gradient statistics, which are of
@@ -91,6 +94,7 @@ class LearnerStep:
         config, algo = self.config, self.config.algo
         chunks = self.size.chunks(batch, config.learner.max_tokens_per_rank)
         parts = self._mini_batches(batch, fetch)
+        drift, drift_tokens = self._drift(parts, chunks)
         self._score(parts, chunks)
         statistics = LastLayerStatistics(config.rollout.temperature, config.learner.seed)
         planned = algo.updates_per_batch * algo.mini_batches
@@ -104,7 +108,20 @@ class LearnerStep:
                 done += part.moves
         metrics = mean_metrics(reports) | {"updates": float(done), "skipped": 1 - done / len(reports)}
         metrics |= self._cost(batch, parts, time.monotonic() - began)
-        return StepReport(step=batch.step, metrics=metrics, gradient_statistics=statistics.result())
+        if self.last is not None:
+            metrics["drift_tokens"] = self.engine.total([float(drift_tokens)])[0]
+            metrics["flops"] += self.size.flops(metrics["drift_tokens"], 0.0, updates=0, scores=1)
+        return StepReport(step=batch.step, metrics=metrics, gradient_statistics=statistics.result(), drift=drift)
+
+    def _drift(self, parts: list[MiniBatch], chunks: int) -> tuple[dict[int, float], int]:
+        """Of the policy before this step's updates, by lease; and the tokens that were computed for it."""
+        if self.last is None:
+            return {}, 0
+        return self.last.follow(
+            [row for part in parts for row in part.rows],
+            lambda micro: self._logprobs(self.engine.policy, micro, chunks),
+            lambda value: self.engine.total([value], largest=True)[0],
+        )
 
     def _update(
         self, step: int, part: MiniBatch, rate: float, chunks: int, statistics: LastLayerStatistics | None
@@ -183,7 +200,7 @@ class LearnerStep:
                 for rollouts in plan
             ]
             moves = any(bool(moving(g, config.algo).any()) for g in part.groups)
-            result.append(MiniBatch([collate(r) for r in rows], moves))
+            result.append(MiniBatch([collate(r) for r in rows], [one for r in rows for one in r], moves))
         return result
 
     def _score(self, parts: list[MiniBatch], chunks: int) -> None:

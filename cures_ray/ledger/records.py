@@ -64,18 +64,20 @@ def decode_settlement(record: list[Any]) -> Settlement:
 
 
 def encode_commit(report: CommitReport) -> list[Any]:
-    """["commit", batch, [[lease, trained]...], [[lease, reason, count]...], [gradient statistics...]]."""
+    """["commit", batch, [[lease, trained]...], [[lease, reason, count]...], [gradient statistics...],
+    [[lease, drift]...]]."""
     return [
         "commit",
         report.batch,
         [[k, v] for k, v in report.trained.items()],
         [[k, reason.value, v] for k, by in report.discarded.items() for reason, v in by.items()],
         [[getattr(g, name) for name in STATISTICS] for g in report.gradient_statistics],
+        [[k, v] for k, v in report.drift.items()],
     ]
 
 
 def decode_commit(record: list[Any]) -> CommitReport:
-    _, batch, trained, dropped, statistics = record
+    _, batch, trained, dropped, statistics, *later = record  # journals of before drift was measured end here
     discarded: dict[int, dict[Discard, int]] = {}
     for lease_id, reason, count in dropped:
         discarded.setdefault(lease_id, {})[Discard(reason)] = count
@@ -84,4 +86,5 @@ def decode_commit(record: list[Any]) -> CommitReport:
         trained={k: v for k, v in trained},
         discarded=discarded,
         gradient_statistics=tuple(GradientStatistics(**dict(zip(STATISTICS, row, strict=True))) for row in statistics),
+        drift={k: v for k, v in later[0]} if later else {},
     )

@@ -161,7 +161,8 @@ class Driver:
             idle = time.monotonic() - began
             plan, groups, batch, commit, report = await self._train(step, plan)
             await self._finish_evaluation()  # it measures this version: weights may not change under it
-            accounting = await self.ports.ledger.commit(replace(commit, gradient_statistics=report.gradient_statistics))
+            commit = replace(commit, gradient_statistics=report.gradient_statistics, drift=report.drift)
+            accounting = await self.ports.ledger.commit(commit)
             accounting.check()
             self._progress(f"batch {step} committed")
             if self._show_rollouts is not None and step % self.config.logging.histogram_interval == 0:

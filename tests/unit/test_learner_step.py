@@ -113,6 +113,49 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
+def spo(model) -> LocalLearner:
+    config = Config.model_validate(
+        {
+            "model": {"path": str(model)},
+            "curriculum": {"method": "spo", "prompts_per_step": 32, "rollouts_per_step": 32},
+            "algo": {"advantage": "posterior_whitened"},
+            "trainer": {"steps": 10},
+            "learner": {"dtype": "float32", "lr": 3e-3, "max_tokens_per_rank": 60},
+        }
+    )
+    return LocalLearner(config, Costs())
+
+
+def single(batch: TrainingBatch) -> TrainingBatch:
+    """One rollout a lease."""
+    first = slice(0, 1)
+    fields = ("rollout_index", "rewards", "advantages", "weights", "completion_tokens")
+    return replace(batch, groups=tuple(replace(g, **{f: getattr(g, f)[first] for f in fields}) for g in batch.groups))
+
+
+def test_drift_is_the_change_of_log_probabilities_on_a_prompts_last_response(model):
+    """Measured before the update, where a response of the prompt was trained before, and charged."""
+    ours = spo(model)
+    first = single(make_batch(0, scorer=ours))
+    report = asyncio.run(ours.train(first))
+    assert report.drift == {} and report.metrics["drift_tokens"] == 0  # nothing to compare with
+    seen, tokens = {}, 0
+    for group in first.groups[:3]:
+        ids, then = group.payload.tokens(0)
+        prompt = group.payload.prompt(group.place)
+        seen[group.lease_id] = float(np.abs(then - score(ours, prompt, ids)).mean())
+        tokens += len(prompt) + len(ids)
+    again = single(make_batch(1, scorer=ours))
+    report = asyncio.run(ours.train(replace(again, groups=(*first.groups[:3], *again.groups[3:]))))
+    assert report.drift == pytest.approx(seen, rel=1e-3) and min(seen.values()) > 1e-3
+    assert report.metrics["drift_tokens"] == tokens == ours.costs.prompt_tokens
+
+
+def test_other_methods_measure_no_drift(model):
+    report = asyncio.run(learner(model).train(make_batch(0)))
+    assert report.drift == {} and "drift_tokens" not in report.metrics
+
+
 @pytest.mark.parametrize("sigma", ["bernoulli", "last_layer"])
 def test_a_batch_without_any_gradient_leaves_every_weight_where_it_was(model, sigma):
     """GRPO where no group is mixed: after real steps Adam's momentum would move nearly all weights."""

@@ -1,5 +1,7 @@
 """Rivals after their papers: SPO's tracker and draw, GRESO's skipping, shrinkage baselines, the arms that use them."""
 
+import json
+
 import numpy as np
 import pytest
 from simulated import Run, by_prompt
@@ -9,7 +11,8 @@ from benchmarks.harness.deviations import DEVIATIONS, deviations_of
 from cures_ray.curriculum.machine import Curriculum
 from cures_ray.curriculum.streaks import LEAST, Streaks
 from cures_ray.learning.advantages import compute_advantages
-from cures_ray.messages import Discard
+from cures_ray.ledger.records import decode_commit, encode_commit
+from cures_ray.messages import CommitReport, Discard
 
 SPO = {"method": "spo", "prompts_per_step": 32, "pilot_rollouts": 0, "discount": 0.9}
 
@@ -32,12 +35,34 @@ def test_the_tracker_forgets_its_start_as_it_forgets_rewards():
     alpha, beta = 0.5, 0.5
     for drift, rho in ((0.0, 0.96), (0.006, 2**-0.1), (0.06, 0.875), (np.nan, 0.9)):
         for lease in run.curriculum.lease("worker", 10**6, run.curriculum.committed):
-            pool.note_drift(np.array([lease.prompt_index]), np.array([drift]))
+            pool.note_drift({lease.prompt_index: drift})
             assert run.settle(lease)
         run.step()
         alpha, beta = rho * alpha + 1, rho * beta
         assert counts(run)[0] == pytest.approx(np.full(32, alpha), rel=1e-4)
         assert counts(run)[1] == pytest.approx(np.full(32, beta), rel=1e-3)
+
+
+def test_the_drift_of_a_commit_is_about_the_rewards_of_its_batch_and_no_later_ones():
+    run = spo_run(np.ones(32))
+    run.step()
+    plan = run.generate()
+    drift = {entry.lease.lease_id: 0.03 for entry in plan.entries[:16]}
+    report = CommitReport(
+        batch=plan.batch, trained={e.lease.lease_id: e.lease.n for e in plan.entries}, discarded={}, drift=drift
+    )
+    run.curriculum.commit(decode_commit(json.loads(json.dumps(encode_commit(report)))))
+    alpha = run.curriculum.pool.belief.counts()[0]
+    moved = [e.lease.prompt_index for e in plan.entries[:16]]
+    rest = [e.lease.prompt_index for e in plan.entries[16:]]
+    first = 1.5  # Beta(1/2, 1/2) and one success
+    assert alpha[moved] == pytest.approx(np.full(16, max(2**-0.5, 0.875) * first + 1), rel=1e-5)
+    assert alpha[rest] == pytest.approx(np.full(16, 0.9 * first + 1), rel=1e-5)
+    assert np.isnan(run.curriculum.pool.drift).all()
+
+
+def test_a_commit_of_an_older_journal_has_no_drift():
+    assert decode_commit(["commit", 3, [[1, 2]], [], []]).drift == {}
 
 
 def test_the_baseline_is_the_tracker_from_before_the_reward():
@@ -78,7 +103,7 @@ def test_a_saved_tracker_goes_on_exactly(tmp_path):
     one, two = (spo_run(np.linspace(0, 1, 64)) for _ in range(2))
     for _ in range(4):
         one.step()
-    one.curriculum.pool.note_drift(np.arange(64), np.linspace(0, 0.1, 64))
+    one.curriculum.pool.note_drift(dict(enumerate(np.linspace(0, 0.1, 64))))
     one.curriculum.save(tmp_path)
     two.curriculum = Curriculum.load(tmp_path, two.config, two.ids)
     for _ in range(3):
