@@ -40,9 +40,10 @@ def real_settings(base: str, seed: int) -> dict[str, Any]:
         "rollout.temperature": 0.7,
         "rollout.max_concurrent_rollouts": 128,
         "algo.overlong_penalty_tokens": 0,
+        "learner.dtype": "bfloat16",
         "learner.max_tokens_per_rank": 2048,
         "eval.samples_per_prompt": 2,
-        "eval.interval": 4,
+        "eval.interval": 8,
     }
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.inprocess.accuracy import ExactAccuracy, RowCache
 from benchmarks.inprocess.controls import permuted
@@ -325,7 +326,8 @@ def run_in_process(
     costs = Costs()
     rollout = config.rollout
     learner = LocalLearner(config, costs)
-    sampler = Sampler(learner.policy.lm, inputs.tokenizer, rollout.temperature, rollout.max_new_tokens)
+    dtype = getattr(torch, rollout.dtype)
+    sampler = Sampler(learner.policy.lm, inputs.tokenizer, rollout.temperature, rollout.max_new_tokens, dtype)
     train = RowCache(inputs.train)
     tables = {"train": train} | ({"eval": RowCache(inputs.eval)} if inputs.eval is not None else {})
     generator = LocalGenerator(sampler, costs, tables, config.rollout.max_concurrent_rollouts)

@@ -1,15 +1,20 @@
-"""LearnerPort in one process: the library's learner step with torch's AdamW, one rank, on the CPU."""
+"""LearnerPort in one process: the library's learner step with torch's AdamW, one rank, on the CPU or a GPU.
+
+Weights and their updates are float32. With ``learner.dtype: bfloat16`` the products of the forward and backward pass are
+bfloat16 (autocast), as in the DeepSpeed learner, which keeps float32 weights beside.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.inprocess.costs import Costs
+from benchmarks.inprocess.costs import Costs, device
 from cures_ray.config import Config, LearnerConfig
 from cures_ray.learning.policy import ModelSize, Policy, load_model, make_optimizer
 from cures_ray.learning.step import LearnerStep
@@ -19,11 +24,18 @@ from cures_ray.messages import ConfigError, StepReport, TrainingBatch, WeightUpd
 class LocalEngine:
     """step.Engine: one rank, one AdamW, gradients clipped as the DeepSpeed learner does."""
 
-    rank, ranks, device = 0, 1, torch.device("cpu")
+    rank, ranks = 0, 1
 
     def __init__(self, policy: Policy, learner: LearnerConfig) -> None:
-        self.policy, self.max_grad_norm = policy, learner.max_grad_norm
+        self.module, self.max_grad_norm = policy, learner.max_grad_norm
+        self.device = next(policy.parameters()).device
+        self.mixed = learner.dtype == "bfloat16"
         self.optimizer = make_optimizer(policy, learner)
+
+    def policy(self, *arguments: Any) -> Any:
+        """``Policy.forward``, its products in the learner's dtype."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
+            return self.module(*arguments)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -31,7 +43,7 @@ class LocalEngine:
     def update(self, rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm))
         if np.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -46,8 +58,8 @@ class LocalLearner:
         if config.model.lora is not None:
             raise ConfigError("the in-process engine copies whole weights; use model.lora with the real system")
         self.config, self.costs = config, costs
-        self.policy = Policy(load_model(config)).float()
-        reference = Policy(load_model(config)).float().requires_grad_(False) if config.algo.kl_coef else None
+        self.policy = _load(config)
+        reference = _load(config).requires_grad_(False) if config.algo.kl_coef else None
         self.engine = LocalEngine(self.policy, config.learner)
         self.step = LearnerStep(config, self.engine, ModelSize.of(self.policy.lm), reference)
         self.before_training: Callable[[], Awaitable[None]] | None = None
@@ -70,3 +82,9 @@ class LocalLearner:
 
     async def export(self, folder: Path) -> None:
         self.policy.lm.save_pretrained(folder)
+
+
+def _load(config: Config) -> Policy:
+    """In float32, on the device of the benchmark."""
+    full = config.model_copy(update={"learner": config.learner.model_copy(update={"dtype": "float32"})})
+    return Policy(load_model(full)).to(device())

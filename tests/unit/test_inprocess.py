@@ -18,7 +18,7 @@ from benchmarks.inprocess.engine import ExactAccuracy, RowCache, make_curriculum
 from benchmarks.inprocess.judges import chain, program
 from benchmarks.inprocess.local_learner import LocalLearner
 from benchmarks.inprocess.oracle_sigma import MeasuredMoments, install
-from benchmarks.inprocess.sampler import Request, Sampler
+from benchmarks.inprocess.sampler import Request, Sampler, _streams, _uniforms
 from cures_ray.messages import Outcome, PromptRow
 from cures_ray.run.preflight import prepare_inputs
 from cures_ray.synthetic.base_model import BOX, BaseModelSpec, prepare
@@ -168,6 +168,34 @@ def test_a_sampled_rollout_does_not_depend_on_its_batch(bases):
     among = sampler.sample([request(rows.row(i), 4, seed=i) for i in range(1, 9)] + [request(rows.row(0), 3)])[-1]
     for (a, score_a, *_), (b, score_b, *_) in zip(alone, among, strict=True):
         assert a.tolist() == b.tolist() and np.allclose(score_a, score_b, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_what_is_sampled_is_that_of_one_token_after_the_other_without_a_cache(bases, size, monkeypatch):
+    """Common prefix, batches by length, rollouts that leave the batch: none of them changes a token."""
+    if size == "large":
+        monkeypatch.setattr("benchmarks.inprocess.sampler.LARGE", 0)
+        monkeypatch.setattr("benchmarks.inprocess.sampler.LEAST_PREFIX", 1)
+    sampler, rows = sampler_of(bases)
+    requests = [
+        Request(rows.row(i).token_ids[: 10 - 2 * (i % 4)], 2 + i % 3, seed=i, greedy=i % 5 == 0) for i in range(24)
+    ]
+    assert (len(sampler._batches(requests)) > 1) == (size == "large")
+    groups = sampler.sample(requests)
+    assert len({len(ids) for group in groups for ids, *_ in group}) > 2  # some stop early
+    for asked, group in zip(requests, groups, strict=True):
+        streams = _streams(asked.seed, asked.n)
+        for j, (ids, scores, *_) in enumerate(group):
+            assert scores == pytest.approx(sampler.token_logprobs([asked.prompt], [ids])[0], abs=1e-4)
+            tokens = list(asked.prompt)
+            for t, token in enumerate(ids):
+                logits = sampler.model(torch.as_tensor([tokens])).logits[0, -1]
+                cumulative = torch.softmax(logits, -1).cumsum(-1).numpy()
+                u = float(_uniforms(streams[j : j + 1], t)[0])
+                expected = int(logits.argmax()) if asked.greedy else int(np.searchsorted(cumulative, u))
+                near = np.abs(cumulative[max(int(token) - 1, 0) : int(token) + 1] - u).min() < 1e-5
+                assert token == expected or (near and not asked.greedy)  # rounding at the very border
+                tokens.append(int(token))
 
 
 def test_greedy_answers_are_the_most_likely_ones(bases):
