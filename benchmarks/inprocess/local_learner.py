@@ -1,7 +1,7 @@
 """LearnerPort in one process: the library's learner step with torch's AdamW, one rank, on the CPU or a GPU.
 
-Weights and their updates are float32. With ``learner.dtype: bfloat16`` the products of the forward and backward pass are
-bfloat16 (autocast), as in the DeepSpeed learner, which keeps float32 weights beside.
+Weights and their updates are float32. With ``learner.dtype: bfloat16`` the products of both passes are bfloat16
+(autocast), as in the DeepSpeed learner, which keeps float32 weights beside.
 """
 
 from __future__ import annotations
