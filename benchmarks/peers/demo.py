@@ -1,12 +1,14 @@
-"""``cures bench peers``: this project beside TRL's GRPOTrainer on the demo, alternating, on an otherwise idle machine.
+"""``cures bench peers``: this project beside TRL's GRPOTrainer, alternating, on an otherwise idle machine.
 
     python -m venv trl
-    trl/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.19.0 "math-verify[antlr4_13_2]" pydantic pylatexenc
+    trl/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.19.0 "math-verify[antlr4_13_2]" pydantic pylatexenc \\
+        reasoning-gym==0.1.25
     cures bench peers --python trl/bin/python --seeds 0,1,2
+    cures bench peers --python trl/bin/python --seeds 0,1,2 --setting smollm2 --name peers_smollm2
 
-Same model, prompts, reward, learning rate and 256 rollouts a step: TRL and this project's GRPO with 32 x 8, this
-project's default with 256 x 1. Seconds start at the first step: starting and loading are reported beside them. TRL's
-evaluations are not in its seconds; this project's are, as they run beside the training.
+Same model, prompts, reward, learning rate and rollouts a step (settings.py): TRL and this project's GRPO with the same
+groups, this project's default with one rollout a prompt. Seconds start at the first step: starting and loading are
+reported beside them. TRL's evaluations are not in its seconds; this project's are, as they run beside the training.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,36 +30,36 @@ import numpy as np
 import psutil
 
 from benchmarks.harness.results_file import ROOT, spread, write_result
-
-GRPO = [
-    "curriculum.method=uniform", "curriculum.draw=epoch", "curriculum.prompts_per_step=32", "curriculum.n_max=8",
-    "algo.advantage=grpo", "algo.loss=clip",
-]  # fmt: skip
-STEPS, EVERY = 40, 5
+from benchmarks.peers.settings import SETTINGS, Setting
 
 
 def main(argv: list[str]) -> int:
     p = argparse.ArgumentParser(prog="cures bench peers", description=__doc__.splitlines()[0])
     p.add_argument("--python", required=True, help="interpreter of TRL's environment")
     p.add_argument("--seeds", default="0,1,2")
-    p.add_argument("--out", type=Path, default=Path("runs/bench/peers"))
-    p.add_argument("--name", default="peers_demo", help="of the result file")
+    p.add_argument("--setting", choices=list(SETTINGS), default="demo")
+    p.add_argument("--steps", type=int, help="default: the setting's")
+    p.add_argument("--out", type=Path, help="default: runs/bench/peers_SETTING")
+    p.add_argument("--name", help="of the result file; default: peers_SETTING")
     args = p.parse_args(argv)
+    setting = SETTINGS[args.setting]
+    setting = replace(setting, steps=args.steps or setting.steps)
+    out, name = args.out or Path("runs/bench") / f"peers_{args.setting}", args.name or f"peers_{args.setting}"
     runs = []
     for seed in map(int, args.seeds.split(",")):
-        folder = (args.out / f"seed{seed}").resolve()
-        if not (folder / "base" / "summary.json").exists():
-            _run([sys.executable, "-m", "actors.commands.cli", "prepare", "--out", str(folder / "base"),
-                  "--task", "chain", "--seed", str(seed)])  # fmt: skip
+        folder = (out / f"seed{seed}").resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        model, train, held_out, data = setting.prepare(folder, seed, _run)
+        data = [f"model.path={model}", *data]
         measures = {
-            "trl": lambda f=folder, s=seed: trl(args.python, f, s),
-            "grpo": lambda f=folder, s=seed: ours("grpo", f, s, GRPO),
-            "default": lambda f=folder, s=seed: ours("default", f, s, []),
+            "trl": partial(trl, args.python, setting, folder, seed, model, train, held_out),
+            "grpo": partial(ours, "grpo", setting, folder, seed, [*data, *setting.grpo()]),
+            "default": partial(ours, "default", setting, folder, seed, data),
         }
-        for name, measure in measures.items():
-            runs.append({"who": name, "seed": seed, **measure()})
-            print(f"{name}, seed {seed}: {json.dumps({k: v for k, v in runs[-1].items() if k != 'curve'})}", flush=True)
-    write_result(args.name, figures(runs), runs)
+        for who, measure in measures.items():
+            runs.append({"who": who, "seed": seed, **measure()})
+            print(f"{who}, seed {seed}: {json.dumps({k: v for k, v in runs[-1].items() if k != 'curve'})}", flush=True)
+            write_result(name, figures(runs), runs)  # a run that is cut short leaves what it has
     return 0
 
 
@@ -86,25 +90,27 @@ def seconds_to(curve: list[dict[str, float]], accuracy: float) -> float | None:
     return None
 
 
-def trl(python: str, folder: Path, seed: int) -> dict[str, Any]:
+def trl(
+    python: str, setting: Setting, folder: Path, seed: int, model: Path, train: Path, held_out: Path
+) -> dict[str, Any]:
     out = folder / "trl.json"
     command = [
-        python, "-m", "benchmarks.peers.trl_grpo", "--model", str(folder / "base/model"), "--train",
-        str(folder / "base/train.jsonl"), "--eval", str(folder / "base/eval.jsonl"), "--steps", str(STEPS),
-        "--eval-every", str(EVERY), "--seed", str(seed), "--out", str(out),
+        python, "-m", "benchmarks.peers.trl_grpo", "--model", str(model), "--train", str(train),
+        "--eval", str(held_out), "--steps", str(setting.steps), "--eval-every", str(setting.every),
+        "--prompts", str(setting.prompts), "--generations", str(setting.generations), "--seed", str(seed),
+        "--out", str(out), *setting.trl,
     ]  # fmt: skip
     wall, peak = _run(command)
     result = json.loads(out.read_text())
     return result | {"wall_seconds": wall, "peak_gib": peak}
 
 
-def ours(name: str, folder: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
+def ours(name: str, setting: Setting, folder: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
     run = folder / name
     command = [
-        sys.executable, "-m", "actors.commands.cli", "train", str(ROOT / "configs/demo.yaml"),
-        f"model.path={folder / 'base/model'}", f"data.train={folder / 'base/train.jsonl'}",
-        f"data.eval={folder / 'base/eval.jsonl'}", f"checkpoint.dir={run}", "checkpoint.resume=none",
-        f"trainer.seed={seed}", f"trainer.steps={STEPS}", f"eval.interval={EVERY}", "logging.progress=off", *overrides,
+        sys.executable, "-m", "actors.commands.cli", "train", str(setting.config), f"checkpoint.dir={run}",
+        "checkpoint.resume=none", f"trainer.seed={seed}", f"trainer.steps={setting.steps}",
+        f"eval.interval={setting.every}", f"checkpoint.interval={setting.steps}", "logging.progress=off", *overrides,
     ]  # fmt: skip
     wall, peak = _run(command)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -128,6 +134,7 @@ def _run(command: list[str]) -> tuple[float, float]:
         "PYTHONPATH": str(ROOT),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",  # some tasks of reasoning-gym walk over sets
     }
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     peak = [0.0]

@@ -42,14 +42,10 @@ def judge_of(name: str) -> Any:
         from cures_ray.verify.mathematics import verify_math
 
         return lambda completion, row: verify_math(completion, str(row["answer"])).reward
-    from cures_ray.messages import PromptRow
-    from cures_ray.verify.reasoning_gym import verify_reasoning_gym  # type: ignore[import-not-found,attr-defined]
+    from cures_ray.verify.reasoning_gym import ReasoningGymJudge
 
-    def judge(completion: str, row: dict[str, Any]) -> float:
-        prompt = PromptRow(prompt_id="", text="", token_ids=[], answer=str(row["answer"]), row=row)  # type: ignore
-        return verify_reasoning_gym(completion, prompt).reward
-
-    return judge
+    verdict = ReasoningGymJudge()
+    return lambda completion, row: verdict({"completion": completion, "answer": row["answer"], "row": row}).reward
 
 
 def main() -> None:

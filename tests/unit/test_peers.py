@@ -2,7 +2,11 @@
 
 import pytest
 
+from benchmarks.harness.results_file import ROOT
 from benchmarks.peers.demo import figures, seconds_to
+from benchmarks.peers.settings import SETTINGS, messages
+from benchmarks.peers.trl_grpo import judge_of
+from cures_ray.config_load import load_config
 
 
 def run(who: str, rate: float, seed: int = 0) -> dict:
@@ -21,3 +25,24 @@ def test_a_method_twice_as_fast_needs_half_of_the_time():
     assert found["default/seconds_to_trl_accuracy_ratio"][1] == pytest.approx(0.5)
     assert found["trl/seconds_to_trl_accuracy_ratio"][1] == pytest.approx(1.0)
     assert found["grpo/seconds_to_trl_accuracy_ratio"] == "not reached"
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_grpo_beside_trl_has_the_batch_of_trl(name):
+    setting = SETTINGS[name]
+    curriculum = load_config(setting.config, setting.grpo()).curriculum
+    assert (curriculum.method, curriculum.prompts_per_step) == ("uniform", setting.prompts)
+    assert curriculum.rollouts_per_step == setting.prompts * setting.generations
+    assert load_config(setting.config).curriculum.rollouts_per_step == curriculum.rollouts_per_step
+
+
+def test_trl_gets_the_prompts_of_the_run_with_its_system_prompt_and_the_same_scorer():
+    small = ["data.reasoning_gym.train_size=8", "data.reasoning_gym.eval_size=4"]
+    config = load_config(ROOT / "configs/smollm2-reasoning-gym.yaml", small)
+    rows = messages(config, "train")
+    assert len(rows) == 8 and len(messages(config, "eval")) == 4
+    roles = [[m["role"] for m in row["prompt"]] for row in rows]
+    assert roles == [["system", "user"]] * 8 and rows[0]["prompt"][0]["content"] == config.data.system_prompt
+    judge = judge_of("reasoning_gym")
+    assert judge(f"The answer is {rows[0]['answer']}.", rows[0]) == 1.0
+    assert judge("The answer is -12345.", rows[0]) == 0.0
