@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness.cell import BASES_FOLDER, Spec
-from benchmarks.harness.protocol_cells import PARTS, SYNTHETIC, make_specs
+from benchmarks.harness.protocol_cells import PARTS, SYNTHETIC, default_out, make_specs
 from benchmarks.harness.protocol_tables import report
 from benchmarks.harness.real_task import REAL_TASK
-from benchmarks.harness.runs import commit_runs
+from benchmarks.harness.runs import commit_runs, committed
 from benchmarks.harness.sweep import Sweep
 from benchmarks.inprocess.costs import DEVICE
 
@@ -45,12 +45,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tasks", default=",".join(SYNTHETIC), help="b, tune-b: which tasks")
     p.add_argument("--budget-rollouts", type=int, help="shorter runs to try the machinery; not the protocol")
     p.add_argument("--rates", type=Path, help="rates.json of a tuning; default: the rates of arms.py")
-    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--out", type=Path, help="default: runs/bench/protocol/PART")
     p.add_argument("--bases", type=Path, default=BASES_FOLDER)
     p.add_argument("--jobs", type=int, default=2, help="cells side by side")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     p.add_argument("--minutes", type=float, help="start no further cell after this time")
     p.add_argument("--cells", type=int, help="run at most so many cells in this call")
+    p.add_argument("--tables", action="store_true", help="print the tables of the committed runs and end")
     p.add_argument("--estimate", action="store_true", help="print the hours that are left and end")
     p.add_argument("--retry-failed", action="store_true")
     p.add_argument("--other-code", action="store_true", help="keep finished cells that ran another version of the code")
@@ -61,12 +62,16 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """Exit code 1 when a cell failed, 2 when cells are left for the next call."""
     args = parser().parse_args(argv)
+    args.out = args.out or default_out(args.part)
     os.environ[DEVICE] = args.device
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the cells too
     if args.part.startswith("tune-"):
         from benchmarks.harness.protocol_tuning import tune
 
         return tune(args)
+    if args.tables:
+        _say(report(args.part, committed(f"protocol_{args.part}"), f"cures bench protocol {args.part} --commit"))
+        return 0
     specs = make_specs(args)
     until = time.time() + 60 * args.minutes if args.minutes else None
     sweep = Sweep(args.out, args.jobs, 7200.0, args.retry_failed, args.other_code, until, log=_say)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.harness.deviations import deviations_of
+from benchmarks.harness.deviations import DEVIATIONS
+from benchmarks.harness.names import display
 from benchmarks.harness.paired import Paired, holm, mean_accuracy, paired
 from benchmarks.harness.protocol_cells import (
     BUDGET,
@@ -38,9 +39,9 @@ def report(part: str, records: list[Record], command: str, budget: int | None = 
         parts += [f"## {name}\n", *task_tables(own, budget or BUDGET[part])]
     if part == "map":
         parts += ["## When it pays\n", map_table(records, budget or BUDGET[part])]
-    labels = [record["spec"]["label"] for record in records]
-    if lines := deviations_of(labels):
-        parts += ["## Where arms are not what their papers have\n", *(f"- {line}" for line in lines), ""]
+    names = dict.fromkeys(record["spec"]["label"].split("@")[0] for record in records)
+    if lines := [f"- {display(name)}: {DEVIATIONS[name]}" for name in names if name in DEVIATIONS]:
+        parts += ["## Where arms are not what their papers have\n", *lines, ""]
     return "\n".join(parts)
 
 
@@ -86,7 +87,7 @@ def primary(runs: Runs, budget: int) -> list[tuple[str, Paired]]:
         for kind in ("greedy", "sampled"):
             test = difference(runs, DEFAULT, rival, kind, budget)
             if test is not None:
-                found.append((f"default − {rival}, {kind}", test))
+                found.append((f"default − {display(rival)}, {kind}", test))
     return found
 
 
@@ -109,7 +110,7 @@ def safety(runs: Runs, budget: int) -> str:
         tests = [t for kind in ("greedy", "sampled") if (t := difference(runs, one, two, kind, budget)) is not None]
         if len(tests) == 2:
             cells = [cell for t in tests for cell in (t.text(), not_worse(t))]
-            lines.append([f"{one} − {two}", str(tests[0].seeds), *cells])
+            lines.append([f"{display(one)} − {display(two)}", str(tests[0].seeds), *cells])
     head = ["difference of mean accuracy [95 %]", "pairs", "greedy", f"above −{MARGIN}", "sampled", f"above −{MARGIN}"]
     return table(head, lines) if lines else ""
 
@@ -133,7 +134,7 @@ def secondary(runs: Runs) -> str:
         for axis in axes:
             curves = [{seed: curve_of(r, axis) for seed, r in each.items()} for each in (runs[GRPO], own)]
             cells.append(speedup(curves[0], curves[1], 0.8, np.random.default_rng(0), at_end=True).text())
-        lines.append([arm, *cells])
+        lines.append([display(arm), *cells])
     return table(["tuned GRPO's cost to 80 % of its gain ÷ the arm's", *axes.values()], lines)
 
 
@@ -145,7 +146,7 @@ def beliefs(runs: Runs) -> str:
         found = [explain(record) for record in own.values()]
         if any("belief/logloss" in values for values in found):
             cells = [[v[f"belief/{name}"] for v in found if f"belief/{name}" in v] for name in names]
-            lines.append([arm, *(f"{np.mean(values):.3f}" if values else "–" for values in cells)])
+            lines.append([display(arm), *(f"{np.mean(values):.3f}" if values else "–" for values in cells)])
     head = ["log-loss of the belief", "calibration error"]
     head += [f"{kind} {e}" for kind in ("log-loss", "weight") for e in EXPERTS["mixture"]]
     return table(["belief at the end", *head], lines) if lines else ""
@@ -177,4 +178,4 @@ def _row(arm: str, own: dict[int, Record], budget: int) -> list[str]:
     ends = [np.mean([r["curve"][-1][kind] for r in records]) for kind in ("greedy", "sampled")]
     start = np.mean([r["curve"][0]["sampled"] for r in records])
     rate = records[0]["config"]["learner"]["lr"]
-    return [arm, str(len(records)), f"{rate:g}", f"{start:.3f}", *(f"{v:.3f}" for v in (*means, *ends))]
+    return [display(arm), str(len(records)), f"{rate:g}", f"{start:.3f}", *(f"{v:.3f}" for v in (*means, *ends))]

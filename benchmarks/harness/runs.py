@@ -101,16 +101,24 @@ def explain(record: Record) -> dict[str, float]:
 
 
 def commit_runs(sweep: str, records: Sequence[Record], folder: Path = RESULTS) -> Path:
-    """Add ``records`` to the sweep's file; a run of the same arm and seed is replaced."""
+    """Add ``records`` to the sweep's file; a run of the same arm, seed, task and mix is replaced."""
     path = folder / "runs" / f"{sweep}.jsonl"
-    lines = {(line["arm"], line["seed"]): line for line in _lines(path)} if path.exists() else {}
-    lines |= {(line["arm"], line["seed"]): line for line in map(compact, records)}
+    lines = {_key(line): line for line in _lines(path)} if path.exists() else {}
+    lines |= {_key(line): line for line in map(compact, records)}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines.values())
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(path)
     return path
+
+
+def committed(sweep: str, folder: Path = RESULTS) -> list[Record]:
+    """All runs of a sweep's file. Raises ConfigError when it is missing."""
+    path = folder / "runs" / f"{sweep}.jsonl"
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: there are no committed runs of {sweep}")
+    return [expand(line) for line in _lines(path)]
 
 
 def commit_comparison(name: str, comparison: Comparison, folder: Path = RESULTS) -> None:
@@ -150,6 +158,12 @@ def short(value: Any) -> Any:
         return value
     rounded = float(f"{value:.5g}")
     return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
+
+
+def _key(line: Record) -> tuple[str, int, str]:
+    """What makes a run another one within a sweep."""
+    spec = line["spec"]
+    return line["arm"], line["seed"], json.dumps([spec.get(key) for key in ("task", "variant", "levels")])
 
 
 def _lines(path: Path) -> list[Record]:

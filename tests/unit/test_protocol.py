@@ -13,7 +13,7 @@ from benchmarks.harness.protocol_cells import FOUR, GRPO, SPO, SYNTHETIC, TUNED,
 from benchmarks.harness.protocol_tables import map_table, report
 from benchmarks.harness.protocol_tuning import extended, inside
 from benchmarks.harness.real_task import REAL_TASK
-from benchmarks.harness.runs import compact, expand
+from benchmarks.harness.runs import commit_runs, committed, compact, expand
 from benchmarks.harness.survey import mixed_share, mixture
 from benchmarks.harness.sweep import Sweep
 from cures_ray.messages import ConfigError
@@ -150,9 +150,9 @@ def test_the_report_has_the_family_of_tests_and_names_what_is_underpowered():
     text = report("b", records, "a test")
     lines = [line for line in text.splitlines() if line.startswith("| default −")]
     assert len(lines) == 4
-    assert all("underpowered" in line for line in lines if "spo_nopilot" in line)
-    assert not any("underpowered" in line for line in lines if "grpo" in line)
-    assert "`spo_nopilot`: Beta" in text
+    assert all("underpowered" in line for line in lines if "SPO without" in line)
+    assert not any("underpowered" in line for line in lines if "GRPO" in line)
+    assert "- SPO without pilots: Beta" in text
 
 
 def test_beliefs_and_the_best_constant_answer_are_in_the_tables_also_from_committed_lines():
@@ -226,3 +226,19 @@ def test_the_least_mixed_family_leaves_a_mixture_that_has_too_little():
     rows = [family("sum", "chain_sum", 0.35), family("product", "products", 0.12)]
     assert mixture(rows) == {"sum": 1.0}
     assert mixture([family("never", "lcm", 0.0)]) == {}
+
+
+def test_a_run_of_another_task_or_mix_is_another_line(tmp_path):
+    records = []
+    for task, levels in (("chain", []), ("chain", [5, 6]), ("chain_opaque", [])):
+        one = record("default", 60, 0.3)
+        one["spec"] |= {"task": task, "levels": levels, "engine": "inprocess"}
+        for point in one["curve"]:
+            point["by_level"] = {}
+        records.append(one)
+    commit_runs("protocol_b", records[:2], tmp_path)
+    commit_runs("protocol_b", records, tmp_path)
+    found = [(r["spec"]["task"], r["spec"].get("levels", [])) for r in committed("protocol_b", tmp_path)]
+    assert found == [("chain", []), ("chain", [5, 6]), ("chain_opaque", [])]
+    text = report("b", committed("protocol_b", tmp_path), "a test")
+    assert "## chain T\n" in text and "## chain T, levels [5, 6]" in text and "## chain_opaque T" in text
