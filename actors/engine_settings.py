@@ -142,6 +142,8 @@ ENGINE_INTERFACE = (
     "vllm.v1.engine.async_llm:AsyncLLM.update_weights",
     "vllm.v1.engine.async_llm:AsyncLLM.finish_weight_update",
     "vllm.v1.engine.async_llm:AsyncLLM.update_weight_version",
+    "vllm.v1.engine.async_llm:AsyncLLM.get_num_unfinished_requests",
+    "vllm.inputs.engine:TokensInput",
     "vllm.v1.engine.async_llm:AsyncLLM.sleep",
     "vllm.v1.engine.async_llm:AsyncLLM.wake_up",
     "vllm.v1.metrics.ray_wrappers:RayPrometheusStatLogger.record",

@@ -5,8 +5,7 @@
     learner --WeightUpdate--> pause, load, stamp the version, resume, canary --> SyncReport
 
 Each rollout is an engine request of its own, with a seed derived from (the lease's seed, j): rollout j is the same
-for every n > j, and whatever else runs. vLLM's own ``n=`` seeds its children seed + j, which would give
-neighbouring seeds the same rollouts; on a 2 M model it was not faster beyond the noise of a shared machine.
+for every n > j. vLLM's own ``n=`` seeds its children seed + j, which gives neighbouring seeds the same rollouts.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -32,6 +31,7 @@ from actors.engine_settings import (
 )
 from actors.finished import Work, pack_finished
 from actors.telemetry import ProcessGauges
+from actors.together import started_together
 from actors.weights.backend import Node, road
 from actors.weights.canary import Canary, canary_tolerance, compare, verdict
 from cures_ray.config import Config
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 CANARY_PRIORITY = -1  # before the rollouts, which have 0
-
-
 POLL_S = 2.0  # ``collect`` waits at most so long for something to hand out
 LINGER_SHARE = 0.01  # of the mean seconds of a lease: how long ``collect`` waits for more to hand out together
 LINGER_S = (0.002, 0.25)  # at least, at most
@@ -55,8 +53,8 @@ ENOUGH = 64  # rollouts that are handed out without waiting for more
 class GeneratorActor:
     """Launch with ``ray.remote(GeneratorActor).options(max_concurrency=1000, ...)``, then await ``start``.
 
-    Once a weight update has failed the engine cannot be trusted: every later call raises WorkerLost and the
-    driver replaces the actor. When the engine's process dies this process exits, so that Ray sees a dead actor.
+    Once a weight update has failed every later call raises WorkerLost and the driver replaces the actor. When the
+    engine's process dies this process exits, so that Ray sees a dead actor.
 
     Args:
         prompts: the tables by name ("train", "eval").
@@ -98,8 +96,8 @@ class GeneratorActor:
         self._gauges = ProcessGauges("generator", name, self._numbers, on=config.logging.ray_metrics)
         self._reports: asyncio.Task[None] | None = None
 
-    def __repr__(self) -> str:
-        return self.name  # Ray asks once, when the actor is made
+    def __repr__(self) -> str:  # Ray asks once, when the actor is made
+        return self.name
 
     def _numbers(self) -> dict[str, float]:
         return {"in_flight": len(self._requests), "queue": len(self._done), "version": self.version}
@@ -130,8 +128,7 @@ class GeneratorActor:
         return time.monotonic() - began
 
     async def sleep(self) -> None:
-        """Leave the GPU's memory to a colocated learner: weights go to host memory, the cache is given up, requests
-        keep their place. An engine that shares no GPU goes on."""
+        """Leave the GPU's memory to a colocated learner; requests keep their place. One that shares no GPU goes on."""
         if self._may_sleep:
             async with self._syncing:
                 await self._engine.sleep(level=1, mode=PAUSE_MODE)
@@ -165,8 +162,8 @@ class GeneratorActor:
 
     async def reset(self) -> None:
         """Abort and forget all leases, finished ones too: their ledger is gone."""
-        for task in list(self._leases):
-            task.cancel()
+        for lease in self._leases:
+            lease.cancel()
         await asyncio.gather(*self._leases, return_exceptions=True)
         self._done.clear()
         self._finished.clear()
@@ -178,15 +175,18 @@ class GeneratorActor:
     # -- generation ------------------------------------------------------------------------------------
 
     async def submit(self, leases: LeaseChunk) -> None:
-        """Begin to generate ``leases``; ``collect`` hands out what is finished.
+        """Begin to generate ``leases``; ``collect`` hands out what is finished. In synchronous training a chunk that
+        finds the engine idle starts as one, so that the same leases give the same bits.
 
         Raises:
             ValueError: a prompt leaves no room for a completion.
         """
-        for work in self._works(leases):
-            task = asyncio.create_task(self._lease(leases.source, work))
-            self._leases.add(task)
-            task.add_done_callback(self._leases.discard)
+        together = self.config.async_rl.max_staleness == 0 and not self._requests
+        async with started_together(self._engine, self._syncing, int(leases.n.sum())) if together else nullcontext():
+            for work in self._works(leases):
+                task = asyncio.create_task(self._lease(leases.source, work))
+                self._leases.add(task)
+                task.add_done_callback(self._leases.discard)
 
     async def _lease(self, source: str, work: Work) -> None:
         try:
@@ -290,7 +290,8 @@ class GeneratorActor:
         request_id = str(self._submitted)
         self._requests.add(request_id)
         try:
-            tokens: Any = {"prompt_token_ids": list(prompt)}
+            # "token": rendered already; vLLM would do it in threads, which change the order
+            tokens: Any = {"type": "token", "prompt_token_ids": list(prompt)}
             async for output in self._engine.generate(tokens, sampling, request_id, priority=priority):
                 if output.finished:
                     if any(c.finish_reason not in ("stop", "length") for c in output.outputs):
@@ -367,8 +368,7 @@ class GeneratorActor:
         payload = {"backend": update.info["backend"], "info": info | {"version": update.version}}
         began = time.monotonic()
         if not self.config.async_rl.in_flight_updates:
-            # vLLM's own mode "wait" drains what runs, but what is queued or preempted would change weights
-            self._admitting.clear()
+            self._admitting.clear()  # vLLM's own mode "wait" lets what is queued or preempted change weights
             await self._drained.wait()
         await self._engine.pause_generation(mode=PAUSE_MODE, clear_cache=True)
         self._proven.clear()

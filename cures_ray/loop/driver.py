@@ -107,7 +107,7 @@ class Driver:
                 )
                 watchdog = self._tasks.create_task(self._watchdog())
                 await self._publish(self.version)
-                await self._evaluate_at(self.version, first=self.version == 0)
+                await self._evaluate_at(self.version)
                 await self._train_loop()
                 watchdog.cancel()
                 self._generation.close()
@@ -239,22 +239,29 @@ class Driver:
         await self._generation.loaded()
         update = await self.ports.learner.publish(version)
         self.version = version
+        # synchronous: nothing is generated beside an evaluation, or chance would decide which requests share a step
+        self._generation.leasing = self.config.async_rl.max_staleness > 0 or not self._evaluation_due(version)
         self._generation.publish(update)
         if update.together:
             await self._generation.proven(all_of_them=True)
         self._progress(f"weights version {version}")
 
-    async def _evaluate_at(self, version: int, *, first: bool = False, last: bool = False) -> None:
+    async def _evaluate_at(self, version: int, *, last: bool = False) -> None:
         """Start an evaluation if one is due; ``last``: a run ends here that its step count did not tell."""
-        every = self.config.eval.interval
-        last = last or version == self.config.trainer.steps
-        due = every and (version % every == 0 or last) and version != self._evaluated
-        if self._evaluate is None or not (self.config.eval.before_training and every if first else due):
+        if not self._evaluation_due(version, last=last) or self._evaluate is None:
             return
         self._evaluated = version
         self._evaluation = self._tasks.create_task(self._run_evaluation(self._evaluate, version))
-        if last:
+        if last or version == self.config.trainer.steps or not self._generation.leasing:
             await self._finish_evaluation()
+
+    def _evaluation_due(self, version: int, *, last: bool = False) -> bool:
+        every = self.config.eval.interval
+        if self._evaluate is None or not every or version == self._evaluated:
+            return False
+        if version == 0 and not last:
+            return self.config.eval.before_training
+        return version % every == 0 or last or version == self.config.trainer.steps
 
     async def _run_evaluation(self, evaluate: Evaluate, version: int) -> Metrics:
         await self._generation.proven()
@@ -266,6 +273,8 @@ class Driver:
             self.observer.step(self.version, await self._evaluation, {})
             self._progress("evaluation finished")
             self._evaluation = None
+            self._generation.leasing = True
+            self._generation.wake()
 
     async def _checkpoint_at(self, version: int, *, force: bool) -> None:
         every = self.config.checkpoint.interval

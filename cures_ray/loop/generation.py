@@ -68,6 +68,7 @@ class Generation:
         self.verified: dict[Key, Place] = {}  # settled, not yet trained
         self.synced: SyncReport | None = None  # the newest
         self.faults = FaultLog(config.verifier.max_fault_share)
+        self.leasing = True  # False: weights are proven, and no leases are asked for
         self._update: WeightUpdate | None = None
         self._changed = asyncio.Event()  # a slot has proven weights
         self._loops: set[asyncio.Task[None]] = set()
@@ -189,7 +190,7 @@ class Generation:
             if not await self._sync(slot):
                 return
             room = limit - slot.rollouts
-            if room > 0:
+            if room > 0 and self.leasing:
                 leases = await self.ports.ledger.lease(slot.generator.name, room, slot.version)
                 if len(leases):
                     if not await self._sync(slot):  # lost, or new weights, while the ledger answered
