@@ -31,7 +31,7 @@ async def started_together(engine: AsyncLLM, paused: asyncio.Lock, requests: int
             yield
             deadline = time.monotonic() + PATIENCE_S
             # counted where a request is registered, just before it is sent; what is sent later comes later
-            while engine.get_num_unfinished_requests() < requests and time.monotonic() < deadline:
+            while engine.get_num_unfinished_requests() < requests and time.monotonic() < deadline:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         finally:
             await engine.resume_generation()
