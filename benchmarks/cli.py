@@ -31,6 +31,7 @@ BENCHMARKS = {  # subcommand -> (module with main(argv), or module:function; wha
     "weight-sync": ("benchmarks.micro.weight_sync", "weights from the learner to the generators"),
     "weight-nodes": ("benchmarks.micro.weight_nodes", "weights to the generators of another node"),
     "lora": ("benchmarks.micro.lora", "memory and seconds of LoRA against full training"),
+    "soak": ("benchmarks.micro.soak", "a long run under fire, and the same in peace: growth, time lost, accuracy"),
     "gradient-stats": ("benchmarks.micro.gradient_stats", "cost of the output-layer statistics"),
 }
 
