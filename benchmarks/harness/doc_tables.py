@@ -10,7 +10,8 @@ A table in a document is a comment that says what it shows, the table, and an en
     | ... |
     <!-- end table -->
 
-and the command that made a result, between ``<!-- command NAME -->`` and ``<!-- end command -->``.
+and the command that made a result, between ``<!-- command NAME -->`` and ``<!-- end command -->``. The table of faults
+(harness/faults.py) stands between ``<!-- faults -->`` and ``<!-- end faults -->``.
 
 A line after ``columns`` is an arm of the result file, or ``TITLE = ARM``, or ``TITLE = OTHER_RESULT:ARM``. A column is
 the name of a figure without its arm, ``seeds``, or ``mean/NAME`` for the mean of an arm's explanation.
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness.analysis import analyse, by_arm
+from benchmarks.harness.faults import fault_table
 from benchmarks.harness.names import display
 from benchmarks.harness.report import result_figures, table
 from benchmarks.harness.results_file import RESULTS
@@ -38,7 +40,8 @@ from cures_ray.messages import ConfigError
 
 BLOCK = re.compile(r"<!-- table (?P<name>\S+)\n(?P<spec>.*?)-->\n(?P<body>.*?)<!-- end table -->", re.DOTALL)
 COMMAND = re.compile(r"<!-- command (?P<name>\S+) -->\n.*?<!-- end command -->", re.DOTALL)
-DOCUMENTS = [Path("docs/benchmarks.md"), Path("docs/questions.md"), Path("README.md")]
+FAULTS = re.compile(r"<!-- faults -->\n.*?<!-- end faults -->", re.DOTALL)
+DOCUMENTS = [Path("docs/benchmarks.md"), Path("docs/questions.md"), Path("docs/faults.md"), Path("README.md")]
 SIGNED = ("difference/", "auc_difference/")
 RATIOS = ("speedup/", "cost_")
 
@@ -139,6 +142,7 @@ def fill(text: str, folder: Path = RESULTS) -> str:
         name = match["name"]
         return f"<!-- command {name} -->\n`{load(name, folder).command}`\n<!-- end command -->"
 
+    text = FAULTS.sub(lambda _: f"<!-- faults -->\n{fault_table(folder)}<!-- end faults -->", text)
     return COMMAND.sub(command, BLOCK.sub(replace, text))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.harness.faults import seconds_lost
 from benchmarks.harness.results_file import RESULTS, write_result
 from benchmarks.micro.soak_watch import logged, trained
 
@@ -49,7 +50,7 @@ def figures_of(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, 
     pace = float(np.median([s["time/step_s"] for s in steps]))
     numbers: dict[str, Any] = {"steps": len(steps), "seconds_a_step": round(pace, 3), "starts": _starts(samples)}
     numbers |= {f"kills/{role}": count for role, count in sorted(Counter(k["role"] for k in kills).items())}
-    for role, seconds in sorted(recovery(run_dir, kills, pace).items()):
+    for role, seconds in sorted(recovery(run_dir, kills).items()):
         numbers[f"seconds_lost/{role}"] = [round(float(q), 1) for q in np.quantile(seconds, [0.1, 0.5, 0.9])]
     last = steps[-1]
     numbers |= {key: last[f"accounting/{key}"] for key in ("planned", "trained", "discarded", "in_flight")}
@@ -97,20 +98,15 @@ def growth(samples: list[dict[str, Any]], pace: float) -> dict[str, tuple[float,
     return result
 
 
-def recovery(run_dir: Path, kills: list[dict[str, Any]], pace: float) -> dict[str, list[float]]:
-    """role -> seconds from each kill until the run was further than before, beyond a step's own time. Kills with
-    another one in between are left out."""
-    lost = run_dir / "metrics-lost.jsonl"
-    records = sorted(
-        (r["time"], r["step"]) for r in [*trained(run_dir), *_lines(lost)] if "rollout/reward" in r and "time" in r
-    )
+def recovery(run_dir: Path, kills: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """role -> seconds that each kill cost. Those with another one before the run was further are left out."""
+    again = [r for r in _lines(run_dir / "metrics-lost.jsonl") if "rollout/reward" in r]
+    steps = sorted([*trained(run_dir), *again], key=lambda r: r["time"])
     seconds: dict[str, list[float]] = defaultdict(list)
     for kill, following in zip(kills, [*kills[1:], None], strict=True):
-        if kill["step"] is None:
-            continue
-        further = next((at for at, step in records if at > kill["time"] and step > kill["step"]), None)
-        if further is not None and (following is None or further < following["time"]):
-            seconds[kill["role"]].append(max(further - kill["time"] - pace, 0.0))
+        lost = seconds_lost(steps, kill["time"])
+        if lost is not None and (following is None or kill["time"] + lost < following["time"]):
+            seconds[kill["role"]].append(lost)
     return dict(seconds)
 
 

@@ -203,7 +203,7 @@ class Driver:
             batch, commit = assemble(plan, groups, self.config, step, self._bottleneck.train_cost)
             self._doing = f"learner: optimizer step {step}"
             try:
-                report = await self.ports.learner.train(batch) if batch.rollouts else _skipped(step)
+                report = await self.ports.learner.train(batch)
                 return plan, groups, batch, commit, report
             except PayloadsLost as error:
                 self.observer.note(f"{error}; they are generated again")
@@ -314,11 +314,6 @@ class Driver:
             if silent > limit:
                 held = longest_waiting(list(self._generation.slots.values()))
                 raise RunError(f"no progress for {silent:.0f} s (last: {self._last}; now: {self._doing}). {held}")
-
-
-def _skipped(step: int) -> StepReport:
-    """Nothing of this batch could be trained: the weights stay, the version advances."""
-    return StepReport(step=step, metrics={"skipped": 1.0})
 
 
 def _first_error(group: BaseExceptionGroup) -> BaseException:

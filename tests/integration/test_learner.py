@@ -135,6 +135,8 @@ def test_rollouts_that_cannot_move_the_policy_cost_nothing_and_change_nothing(wo
     assert skipping.metrics["computed_tokens"] < everything.metrics["computed_tokens"]
     assert skipping.metrics["trained_tokens"] == everything.metrics["trained_tokens"]
     assert skipping.metrics["grad_norm"] == pytest.approx(everything.metrics["grad_norm"], rel=1e-4)
+    nothing = world.train(world.groups[1], [TrainingBatch(step=1, groups=())])[0]  # every rollout was discarded
+    assert nothing.metrics["skipped"] == 1 and nothing.metrics["computed_tokens"] == 0
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (2, 2), (2, 3)])

@@ -171,6 +171,8 @@ def test_a_batch_without_any_gradient_leaves_every_weight_where_it_was(model, si
     assert same(weights(ours), before)
     assert report.metrics["skipped"] == 1 and report.metrics["updates"] == 0 and report.metrics["grad_norm"] == 0
     assert (report.metrics["computed_tokens"] > 0) == (sigma == "last_layer") == bool(report.gradient_statistics)
+    nothing = train(ours, TrainingBatch(step=3, groups=()))  # every rollout of the batch was discarded
+    assert same(weights(ours), before) and nothing["skipped"] == 1 and nothing["computed_tokens"] == 0
     assert report.metrics["computed_share"] == float(sigma == "last_layer")
     train(ours, make_batch(3))
     assert not same(weights(ours), before)
