@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def recovery(run_dir: Path, kills: list[dict[str, Any]]) -> dict[str, list[float
     again = [r for r in _lines(run_dir / "metrics-lost.jsonl") if "rollout/reward" in r]
     steps = sorted([*trained(run_dir), *again], key=lambda r: r["time"])
     seconds: dict[str, list[float]] = defaultdict(list)
-    for kill, following in zip(kills, [*kills[1:], None], strict=True):
+    for kill, following in zip_longest(kills, kills[1:]):
         lost = seconds_lost(steps, kill["time"])
         if lost is not None and (following is None or kill["time"] + lost < following["time"]):
             seconds[kill["role"]].append(lost)
