@@ -1,4 +1,4 @@
-.PHONY: setup demo real test lint docs
+.PHONY: setup demo real test chaos lint docs
 PY := .venv/bin/python
 
 setup:
@@ -12,6 +12,9 @@ real: setup
 
 test: setup
 	@$(PY) -m pytest tests
+
+chaos: setup  # long faults: each phase of a run killed, and each role again and again
+	@$(PY) -m pytest tests/integration -m chaos --timeout 1500
 
 lint: setup
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

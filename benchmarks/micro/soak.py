@@ -71,6 +71,7 @@ class Killer:
     def __init__(self, mean_s: float, seed: int) -> None:
         self.mean_s, self._rng = mean_s, random.Random(seed)
         self._roles = self._decks()
+        self._next = next(self._roles)
         self.due = time.monotonic() + self._interval()
 
     def _decks(self) -> Iterator[str]:
@@ -84,13 +85,13 @@ class Killer:
     def strike(self, root: psutil.Process) -> dict[str, Any] | None:
         """Kill one process of the next role; None where none of it lives just now (it is tried again)."""
         self.due = time.monotonic() + self._interval()
-        role = next(self._roles)
-        living = sorted((s for s in processes(root) if s.role == role), key=lambda s: s.process.create_time())
+        living = sorted((s for s in processes(root) if s.role == self._next), key=lambda s: s.process.create_time())
         if not living:
             return None
         victim = self._rng.choice(living)
         victim.process.send_signal(signal.SIGKILL)
-        return {"time": time.time(), "role": role, "process": victim.key}
+        self._next = next(self._roles)
+        return {"time": time.time(), "role": victim.role, "process": victim.key}
 
 
 def run_until(folder: Path, name: str, steps: int, mean_s: float | None, deadline: float) -> bool:

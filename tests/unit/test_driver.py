@@ -134,7 +134,7 @@ async def test_a_batch_in_which_everything_failed_skips_the_optimizer_and_goes_o
     world = World(small_config(trainer={"steps": 3}))
     world.verifier.fault_every = 1
     accounting = await world.driver.run()
-    assert accounting.trained == 0 and world.learner.batches == []
+    assert accounting.trained == 0 and [b.rollouts for b in world.learner.batches] == [0, 0, 0]
     assert world.driver.version == 3
 
 
@@ -151,6 +151,23 @@ async def test_the_end_of_a_budget_is_evaluated_once(interval, versions):
     world.driver._evaluate = evaluator
     await world.driver.run()
     assert [version for version, _ in evaluator.history] == versions
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+async def test_only_synchronous_training_generates_nothing_beside_an_evaluation(staleness):
+    """Requests that share a step of the engine change each other's rounding."""
+    beside: list[bool] = []
+
+    async def evaluate(version, generators, progress):
+        for _ in range(5):
+            await asyncio.sleep(0.005)
+            beside.append(any(g.active for g in world.fleet.generators()))
+        return {}
+
+    config = small_config(async_rl={"max_staleness": staleness}, eval={"interval": 2})
+    world = World(config, seconds=0.01, evaluate=evaluate)
+    await world.driver.run()
+    assert len(beside) == 4 * 5 and any(beside) == (staleness == 1)
 
 
 async def test_weights_do_not_change_under_an_evaluation():
