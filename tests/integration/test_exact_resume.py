@@ -18,6 +18,7 @@ from dying_run import PHASES
 from test_full_run import base, records, small_run  # noqa: F401
 
 from actors.cluster.launch import train
+from benchmarks.harness.faults import record_fault
 from cures_ray.config import Config
 from cures_ray.run.checkpoint import CheckpointStore, step_of
 
@@ -89,12 +90,22 @@ def check_equal(run_dir: Path, reference: Path) -> None:
     assert steps[0] == steps[1] == list(range(1, STEPS + 1))
 
 
+def resume(config: Config) -> None:
+    """In this process, to the end; notes what it took to train again."""
+    began = time.time()
+    train(config)
+    steps = [r for r in records(Path(config.checkpoint.dir)) if "rollout/reward" in r]
+    first = min(r["time"] for r in steps if r["time"] > began)
+    what = "the same command goes on from the newest checkpoint; synchronous runs to the same bits"
+    record_fault("the whole run is killed", what, first - began - steps[-1]["time/step_s"], order=60)
+
+
 def test_a_run_killed_in_the_learner_step_resumes_to_the_same_bits(base, tmp_path, ray_session):  # noqa: F811
     reference, killed = exact_run(base, tmp_path / "reference"), exact_run(base, tmp_path / "killed")
     dying = launched(killed, "learner step", 3)
     train(reference)  # beside it: what else runs on the machine must not matter
     check_death(killed, dying, "learner step", 3)
-    train(killed)
+    resume(killed)
     check_equal(tmp_path / "killed", tmp_path / "reference")
 
 
@@ -105,5 +116,5 @@ def test_a_run_killed_in_each_phase_in_turn_resumes_to_the_same_bits(base, tmp_p
     train(reference)
     for phase, version in zip(PHASES, (1, 2, 2, 3, 4, 4), strict=True):
         check_death(killed, launched(killed, phase, version), phase, version)
-    train(killed)
+    resume(killed)
     check_equal(tmp_path / "killed", tmp_path / "reference")
