@@ -16,6 +16,7 @@ import yaml
 from test_full_run import _safely, base, records, small_run  # noqa: F401
 
 from actors.cluster.launch import train
+from benchmarks.harness.faults import record_fault, seconds_lost
 from cures_ray.run.checkpoint import CheckpointStore, step_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
@@ -44,7 +45,7 @@ def interrupt() -> bool:
 
 def play(run_dir, *acts) -> threading.Thread:
     """In a thread: each ``(holds, act)`` in turn, ``act()`` once ``holds`` of the run's log; ``thread.done`` has the
-    answers. A run that is played to has more steps than it can make, and ends by the last act."""
+    answers and ``thread.at`` the times. A run that is played to has more steps than it can make, and ends by the last act."""
 
     def work():
         deadline = time.monotonic() + 300
@@ -53,10 +54,11 @@ def play(run_dir, *acts) -> threading.Thread:
                 if time.monotonic() > deadline:
                     return
                 time.sleep(0.1)
+            thread.at.append(time.time())
             thread.done.append(act())
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.done = []
+    thread.done, thread.at = [], []
     thread.start()
     return thread
 
@@ -75,6 +77,10 @@ def descendants(name: str) -> list[psutil.Process]:
 
 def steps_of(run_dir) -> list[int]:
     return [r["step"] for r in records(run_dir) if "rollout/reward" in r]
+
+
+def trained_steps(log) -> list[dict]:
+    return [r for r in log if "rollout/reward" in r]
 
 
 def notes_of(run_dir) -> list[str]:
@@ -100,6 +106,8 @@ def test_a_hung_engine_is_found_and_replaced_while_the_other_generator_works_on(
     lost, back = (next(i for i, t in enumerate(texts) if part in t) for part in ("starting a replacement", "is back"))
     assert "lost" in log[lost]["note"] and sum("rollout/reward" in r for r in log[lost:back]) >= 1, "nobody worked on"
     summary.accounting.check()
+    what = "its actor finds it out within `rollout.health_timeout_s` (5 s here) and is replaced; the others work on"
+    record_fault("an engine hangs", what, seconds_lost(trained_steps(log), story.at[0]), order=12)
 
 
 def test_a_dead_learner_rank_starts_again_from_the_newest_checkpoint(base, tmp_path, ray_session):  # noqa: F811
@@ -161,8 +169,14 @@ def test_one_signal_leaves_a_checkpoint_and_a_second_one_ends_at_once(base, tmp_
     run_dir = tmp_path / "run"
     process = started(base, run_dir, tmp_path)
     wait_until(process, lambda: trained(1)(_safely(run_dir)))
+    began = time.monotonic()
     process.send_signal(signal.SIGINT)
     code, output = ended(process, 120)
+    seconds = time.monotonic() - began
     assert code == 130 and "stopping" in output, (code, output[-2000:])
     folder, problems = CheckpointStore(run_dir).newest_intact()
     assert folder is not None and not problems and step_of(folder) >= 1
+    what = (
+        "the run ends after the step in work, with a checkpoint; the same command goes on. Seconds: until it has ended"
+    )
+    record_fault("Ctrl-C or SIGTERM", what, seconds, order=70)
