@@ -45,7 +45,8 @@ def interrupt() -> bool:
 
 def play(run_dir, *acts) -> threading.Thread:
     """In a thread: each ``(holds, act)`` in turn, ``act()`` once ``holds`` of the run's log; ``thread.done`` has the
-    answers and ``thread.at`` the times. A run that is played to has more steps than it can make, and ends by the last act."""
+    answers and ``thread.at`` the times. A run that is played to has more steps than it can make, and ends by the last
+    act."""
 
     def work():
         deadline = time.monotonic() + 300
@@ -176,7 +177,5 @@ def test_one_signal_leaves_a_checkpoint_and_a_second_one_ends_at_once(base, tmp_
     assert code == 130 and "stopping" in output, (code, output[-2000:])
     folder, problems = CheckpointStore(run_dir).newest_intact()
     assert folder is not None and not problems and step_of(folder) >= 1
-    what = (
-        "the run ends after the step in work, with a checkpoint; the same command goes on. Seconds: until it has ended"
-    )
+    what = "the run ends after the step in work, with a checkpoint; the same command goes on (seconds: to its end)"
     record_fault("Ctrl-C or SIGTERM", what, seconds, order=70)
