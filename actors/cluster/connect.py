@@ -21,6 +21,10 @@ QUIET = {
     "RAY_PROFILING": "1",  # phases of a task in `ray timeline`
 }
 
+# Tasks that Ray's GCS remembers for `ray timeline`, 3 KB each. Every call of an actor is one, 45 a step in a small run.
+# Ray's own limit is 100 000, and the GCS grows until there.
+TASK_EVENTS = 10_000
+
 
 def start_ray(config: Config) -> bool:
     """Connect to the cluster of ``ray.address`` or RAY_ADDRESS, or start one here. True: started here. A cluster that
@@ -39,6 +43,7 @@ def start_ray(config: Config) -> bool:
         "num_gpus": config.ray.num_gpus,
         "include_dashboard": config.ray.dashboard,
         "object_store_memory": config.ray.object_store_mb << 20,
+        "_system_config": {"task_events_max_num_task_in_gcs": TASK_EVENTS},
     }
     try:
         ray.init(**own, **common)
