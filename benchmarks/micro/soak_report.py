@@ -1,7 +1,7 @@
 """The result of ``cures bench soak``: does anything grow, what does a kill cost, is the accuracy the same?
 
-Growth of a process is the slope of its own memory (or descriptors) over its life, without its first 90 s (GCS: 300 s) in
-which it starts; of a role the mean over its processes, weighted by the time that they were watched.
+Growth of a process is the slope of its own memory (or descriptors) over its life, without its first 90 s (GCS: 300 s)
+in which it starts; of a role the mean over its processes, weighted by the time that they were watched.
 """
 
 from __future__ import annotations
