@@ -63,17 +63,9 @@ def fault_table(folder: Path = RESULTS) -> str:
     rows = json.loads((folder / FILE).read_text())["rows"]
     lines = ["| fault | what happens | seconds lost | rollouts made again |", "|---|---|---|---|"]
     for fault, row in sorted(rows.items(), key=lambda item: (item[1]["order"], item[0])):
-        seconds = (
-            "–"
-            if row["seconds"] is None
-            else f"{row['seconds']:.0f}"
-            if row["seconds"] >= 10
-            else f"{row['seconds']:.1f}"
-        )
-        rollouts = "–" if row["rollouts"] is None else f"{row['rollouts']}"
-        lines.append(f"| {fault} | {row['what']} | {seconds} | {rollouts} |")
+        lines.append(f"| {fault} | {row['what']} | {_plain(row['seconds'])} | {_plain(row['rollouts'])} |")
     return "\n".join(lines) + "\n"
 
 
 def _plain(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}" if value < 10 and value != int(value) else f"{value:.0f}"
+    return "–" if value is None else f"{value:.0f}" if value >= 10 or isinstance(value, int) else f"{value:.1f}"
