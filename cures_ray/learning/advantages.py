@@ -51,10 +51,8 @@ def _posterior_loo(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: fl
     ``alpha``, ``beta`` are the belief from *before* this step, so b_j does not depend on r_j: unbiased for
     every n, n = 1 included, and tends to RLOO as n grows (ALGORITHMS.md 3.2).
     """
-    return [
-        r - (a + r.sum() - r) / (a + b + len(r) - 1) if len(r) else r
-        for r, a, b in zip(rewards, alpha, beta, strict=True)
-    ]
+    together, baseline, sizes = _loo_baseline(rewards, alpha, beta)
+    return _apart(together - baseline, sizes)
 
 
 def _posterior_centred(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
@@ -67,11 +65,10 @@ def _posterior_std(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: fl
     """``_posterior_loo`` over the standard deviation that the same belief expects, sqrt(b_j (1 - b_j)), at least
     SMALLEST_STD, then centred: rare outcomes count more, as under GRPO, but the scale does not depend on r_j and one
     rollout is enough."""
-    scaled = []
-    for r, advantage in zip(rewards, _posterior_loo(rewards, alpha, beta, eps), strict=True):
-        b = np.clip(r - advantage, 0.0, 1.0)  # a penalty can take it out of the belief's range
-        scaled.append(advantage / np.maximum(np.sqrt(b * (1.0 - b)), SMALLEST_STD))
-    return _centred(scaled)
+    together, baseline, sizes = _loo_baseline(rewards, alpha, beta)
+    b = np.clip(baseline, 0.0, 1.0)  # a penalty can take it out of the belief's range
+    scaled = (together - baseline) / np.maximum(np.sqrt(b * (1.0 - b)), SMALLEST_STD)
+    return _centred(_apart(scaled, sizes))
 
 
 def _raft_pp(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
@@ -191,7 +188,8 @@ def _centred(values: Groups) -> Groups:
     together = np.concatenate(values) if values else np.zeros(0)
     if len(together) < 2:
         return values
-    return [(v - together.mean()) * (len(together) / (len(together) - 1)) for v in values]
+    mean, scale = together.mean(), len(together) / (len(together) - 1)
+    return [(v - mean) * scale for v in values]
 
 
 def _token_whitened(values: Groups, lengths: Sequence[np.ndarray], eps: float) -> Groups:
@@ -209,4 +207,22 @@ def _whiten(values: Groups, eps: float) -> Groups:
     together = np.concatenate(values) if values else np.zeros(0)
     if not len(together):
         return values
-    return [(v - together.mean()) / (together.std() + eps) for v in values]
+    mean, std = together.mean(), together.std()
+    return [(v - mean) / (std + eps) for v in values]
+
+
+def _loo_baseline(rewards: Groups, alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray, Sequence[int]]:
+    """All rewards [R] in one array, b_j of each [R], and the groups' sizes. One array for the batch: groups are small
+    and many, and a NumPy call for each costs the driver more than the rest of its step."""
+    sizes = [len(r) for r in rewards]
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    together = np.concatenate([*rewards, np.zeros(0)])
+    others = np.bincount(owner, together, len(sizes))[owner] - together
+    counts = np.array(sizes, np.float64)[owner]
+    return together, (alpha[owner] + others) / (alpha[owner] + beta[owner] + counts - 1), sizes
+
+
+def _apart(values: np.ndarray, sizes: Sequence[int]) -> Groups:
+    """The groups of ``sizes`` again."""
+    ends = np.cumsum(sizes).tolist()
+    return [values[end - size : end] for end, size in zip(ends, sizes, strict=True)]

@@ -61,7 +61,7 @@ def assemble(
         by_prompt.setdefault(leased.entry.lease.prompt_id, []).append(leased)
     prompts = [prompt_leases for prompt_leases in by_prompt.values() if any(x.trained.any() for x in prompt_leases)]
     batch = TrainingBatch(step=version, groups=_training_groups(prompts, groups, config, version, train_cost))
-    trained = {leased.entry.lease.lease_id: int(leased.trained.sum()) for leased in leases}
+    trained = {leased.entry.lease.lease_id: int(np.count_nonzero(leased.trained)) for leased in leases}
     discarded = {leased.entry.lease.lease_id: leased.discarded for leased in leases if leased.discarded}
     return batch, CommitReport(batch=plan.batch, trained=trained, discarded=discarded)
 
@@ -84,6 +84,8 @@ def _sort_out(entry: BatchEntry, group: Place | None, oldest: int) -> _Leased:
     stale = summary.min_version[rows] < oldest
     trained = ~failed & keep & ~stale
     in_group = keep if entry.drop_reason is not Discard.FILTERED else np.ones(n, bool)
+    if trained.all():  # nearly always
+        return _Leased(entry, summary.completion_tokens[rows], trained, trained, {})
     counts = Counter(
         {
             Discard.GENERATION_FAULT if summary.failed[place] else Discard.VERIFIER_FAULT: int(failed.sum()),
@@ -131,7 +133,7 @@ def _training_groups(
         in_baseline, in_loss = 0, 0  # rollouts of the prompt's earlier leases
         for leased in prompt_leases:
             rows = np.flatnonzero(leased.trained)
-            lease_advantages = prompt_advantages[in_baseline : in_baseline + int(leased.baseline.sum())]
+            lease_advantages = prompt_advantages[in_baseline : in_baseline + int(np.count_nonzero(leased.baseline))]
             in_baseline += len(lease_advantages)
             lease_weights = prompt_weights[in_loss : in_loss + len(rows)]
             in_loss += len(rows)
