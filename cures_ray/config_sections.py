@@ -222,7 +222,7 @@ class LearnerConfig(Section):
     seed: int = 0
     """Of the learner's own random numbers: dropout, and the projections of the gradient statistics."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the forward pass. bfloat16 is faster on a GPU, and on a CPU with instructions for it; float32 is the reference."""
+    """Of the forward pass. bfloat16 is faster on a GPU, and on a CPU that has instructions for it. float32 is exact."""
     cpus_per_rank: float | Literal["auto"] = "auto"
     """CPUs that Ray reserves for a rank, and on a CPU machine its threads. `auto`: one CPU for Ray, and threads by the
     size of the model and the cores of the machine. Set it when several programs share the machine."""
