@@ -346,6 +346,11 @@ class LoggingConfig(Section):
     histogram_interval: int = Field(5, ge=1)
     """Steps between two histograms in TensorBoard. Raise it when the files grow too large."""
 
+    @field_validator("progress", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads a bare off as false
+
 
 class TrainerConfig(Section):
     steps: int = Field(100, ge=1)

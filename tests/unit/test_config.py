@@ -184,3 +184,10 @@ def test_cpus_of_a_learner_rank_are_a_number_or_auto(cpus):
     with pytest.raises(ValidationError, match="cpus_per_rank"):
         Config.model_validate({"learner": {"cpus_per_rank": cpus}})
     assert Config().learner.logical_cpus == 1.0
+
+
+def test_progress_can_be_switched_off_without_quotes(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("logging: {progress: off}\n")
+    assert load_config(path).logging.progress == "off"
+    assert load_config(path, ["logging.progress=off"]).logging.progress == "off"
