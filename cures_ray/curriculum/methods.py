@@ -5,7 +5,7 @@ from the settled outcomes of the batch, None when there is nothing more to gener
 rollouts are trained. Neither keeps state: what happened is in the batch, what is believed in the pool. Random
 numbers come from (seed, batch, round) alone, so a plan can be recomputed.
 
-Methods whose rounds depend on the rewards of the same batch are in methods_rounds.py.
+Methods whose rounds depend on the rewards of the same batch are in rounds.py.
 """
 
 from __future__ import annotations
