@@ -64,7 +64,7 @@ def demo(seed: int, folder: Path, config_path: Path, overrides: list[str]) -> di
     data = summary.as_json() | {"seconds_setup": round(setup, 1), "seconds": round(time.monotonic() - began, 1)}
     (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
     print(ending(summary))
-    print(f"demo: {data['seconds']} s in all")
+    print(f"demo: {data['seconds']} s in all; the report is {folder / 'report.html'}")
     return data
 
 

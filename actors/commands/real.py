@@ -56,7 +56,7 @@ def real(folder: Path, config_path: Path, overrides: list[str]) -> dict[str, obj
     data = summary.as_json() | {"seconds_setup": round(setup, 1), "seconds": round(time.monotonic() - began, 1)}
     (run / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
     print(ending(summary))
-    print(f"real: {data['seconds']} s in all")
+    print(f"real: {data['seconds']} s in all; the report is {run / 'report.html'}")
     return data
 
 

@@ -195,12 +195,12 @@ def _only_a_constant(_: Records, records: Records) -> Finding | None:
 
 
 def _engine_mismatch(steps: Records, _: Records) -> Finding | None:
-    ratio = lately(steps, "learner/max_ratio")
-    if ratio is None or ratio < 20:
+    difference = lately(steps, "learner/logprob_diff_max")
+    if difference is None or difference < np.log(20.0):
         return None
     return Finding(
         level="watch",
-        what=f"generator and learner disagree by a factor of {ratio:.0f} on some token",
+        what=f"generator and learner disagree by a factor of {np.exp(min(difference, 99.0)):.3g} on some token",
         do="set rollout.dtype and learner.dtype to float32 to see whether it is rounding; keep algo.is_correction: tis",
     )
 
