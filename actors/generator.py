@@ -349,20 +349,17 @@ class GeneratorActor(ShowsWeightPhases):
         """The canary's reading. A failed canary is tried once more, with a transfer of its own: what fails alike twice
         is no chance, and a replacement would fail alike too."""
         tolerance = canary_tolerance(self.config)
-        await self._load(update)
-        canary = await self._canary(update)
-        if canary.passes(tolerance):
-            return canary
-        await self._load(update)
-        again = await self._canary(update)
-        if again.passes(tolerance):
-            return again
-        alike = again.repeats(canary)
-        raise CanaryFailed(self.name, update.version, verdict(self.config, canary, reproducible=alike), alike)
+        readings: list[Canary] = []
+        for _ in range(2):
+            await self._load(update)
+            readings.append(await self._canary(update))
+            if readings[-1].passes(tolerance):
+                return readings[-1]
+        alike = readings[1].repeats(readings[0])
+        raise CanaryFailed(self.name, update.version, verdict(self.config, readings[0], reproducible=alike), alike)
 
     async def _load(self, update: WeightUpdate) -> None:
-        """Fetch, pause, load, stamp, resume. The cache is cleared: requests in flight compute theirs again, or they
-        would go on with keys and values of the old weights (off by nats)."""
+        """Fetch, pause, load, stamp, resume. Requests in flight compute their cache again: the old one is off by nats."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         node = Node(workers=self.config.rollout.tensor_parallel_size, timeout_s=self.config.weights.transfer_timeout_s)

@@ -1,8 +1,7 @@
 """The typed messages that driver, ledger, generators, verifiers and learner exchange.
 
-What travels between processes is a *chunk*: many leases as flat arrays, k leases of r rollouts in all. What counts
-is the lease: each settles once, and n differs between leases (``np.repeat(x_k, n)`` spreads a lease's value over its
-rollouts). Payloads (token ids, log-probabilities) stay behind a `PayloadHandle`, which the driver only passes on.
+What travels between processes is a *chunk*: many leases as flat arrays, k leases of r rollouts in all. Each lease
+settles once; ``np.repeat(x_k, n)`` spreads its value over its rollouts. The driver only passes on a `PayloadHandle`.
 
 One rollout's life: *planned* -> *leased* -> *generated* -> *verified* -> *trained* | *discarded(reason)*. Conservation:
 
