@@ -359,7 +359,7 @@ class GeneratorActor(ShowsWeightPhases):
         raise CanaryFailed(self.name, update.version, verdict(self.config, readings[0], reproducible=alike), alike)
 
     async def _load(self, update: WeightUpdate) -> None:
-        """Fetch, pause, load, stamp, resume. Requests in flight compute their cache again: the old one is off by nats."""
+        """Fetch, pause, load, stamp, resume. Requests in flight compute their cache again: it would be off by nats."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         node = Node(workers=self.config.rollout.tensor_parallel_size, timeout_s=self.config.weights.transfer_timeout_s)
