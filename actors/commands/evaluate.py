@@ -90,7 +90,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Exit code 0 when everything was answered."""
-    loose, rest = [], []  # section.key=value anywhere, as in cures train
+    loose: list[str] = []  # section.key=value anywhere, as in cures train
+    rest: list[str] = []
     for before, argument in zip(["", *argv], argv, strict=False):
         (loose if _is_override(argument) and before != "--set" else rest).append(argument)
     args = parser().parse_args(rest)
