@@ -30,7 +30,7 @@ from actors.engine_settings import (
     set_environment,
 )
 from actors.finished import Work, pack_finished
-from actors.telemetry import ProcessGauges
+from actors.telemetry import ProcessGauges, ShowsWeightPhases
 from actors.together import started_together
 from actors.weights.backend import Node, road
 from actors.weights.canary import Canary, canary_tolerance, compare, verdict
@@ -50,7 +50,7 @@ LINGER_S = (0.002, 0.25)  # at least, at most
 ENOUGH = 64  # rollouts that are handed out without waiting for more
 
 
-class GeneratorActor:
+class GeneratorActor(ShowsWeightPhases):
     """Launch with ``ray.remote(GeneratorActor).options(max_concurrency=1000, ...)``, then await ``start``.
 
     Once a weight update has failed every later call raises WorkerLost and the driver replaces the actor. When the
@@ -93,7 +93,7 @@ class GeneratorActor:
         self._mean_seconds = 0.0  # of a lease
         self._leases: set[asyncio.Task[None]] = set()
         self._watch: asyncio.Task[None] | None = None
-        self._gauges = ProcessGauges("generator", name, self._numbers, on=config.logging.ray_metrics)
+        self._gauges = ProcessGauges(config, "generator", name, self._numbers)
         self._reports: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:  # Ray asks once, when the actor is made
@@ -322,7 +322,7 @@ class GeneratorActor:
             began = time.monotonic()
             try:
                 async with asyncio.timeout(self.config.rollout.timeout_s):
-                    paused, canary = await self._load_and_prove(update)
+                    canary = await self._load_and_prove(update)
             except CanaryFailed as failed:
                 await self._give_up(str(failed))
                 raise
@@ -334,49 +334,48 @@ class GeneratorActor:
             self.version = update.version
             self._proven.set()
             self._admitting.set()
+            spent = self.phases.take()
             return SyncReport(
                 generator=self.name,
                 version=update.version,
                 canary_max_error=canary.largest,
                 canary_mean_error=canary.mean,
-                seconds_paused=paused,
+                seconds_paused=spent["load"],
                 seconds=time.monotonic() - began,
+                seconds_by_phase=spent,
             )
 
-    async def _load_and_prove(self, update: WeightUpdate) -> tuple[float, Canary]:
-        """Seconds paused and the canary's reading. A failed canary is tried once more, with a transfer of its own: what
-        fails alike twice is no chance, and a replacement would fail alike too."""
+    async def _load_and_prove(self, update: WeightUpdate) -> Canary:
+        """The canary's reading. A failed canary is tried once more, with a transfer of its own: what fails alike twice
+        is no chance, and a replacement would fail alike too."""
         tolerance = canary_tolerance(self.config)
-        paused = await self._load(update)
-        canary = await self._canary(update)
-        if canary.passes(tolerance):
-            return paused, canary
-        paused += await self._load(update)
-        again = await self._canary(update)
-        if again.passes(tolerance):
-            return paused, again
-        alike = again.repeats(canary)
-        raise CanaryFailed(self.name, update.version, verdict(self.config, canary, reproducible=alike), alike)
+        readings: list[Canary] = []
+        for _ in range(2):
+            await self._load(update)
+            readings.append(await self._canary(update))
+            if readings[-1].passes(tolerance):
+                return readings[-1]
+        alike = readings[1].repeats(readings[0])
+        raise CanaryFailed(self.name, update.version, verdict(self.config, readings[0], reproducible=alike), alike)
 
-    async def _load(self, update: WeightUpdate) -> float:
-        """Pause, load, stamp, resume; seconds paused. The cache is cleared: requests in flight compute theirs
-        again, or they would go on with keys and values of the old weights (off by nats)."""
+    async def _load(self, update: WeightUpdate) -> None:
+        """Fetch, pause, load, stamp, resume. Requests in flight compute their cache again: it would be off by nats."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         node = Node(workers=self.config.rollout.tensor_parallel_size, timeout_s=self.config.weights.transfer_timeout_s)
-        info = await asyncio.to_thread(road(update.info["backend"]).update_info, update.info, update.version, node)
+        with self.phases("fetch"):
+            info = await asyncio.to_thread(road(update.info["backend"]).update_info, update.info, update.version, node)
         payload = {"backend": update.info["backend"], "info": info | {"version": update.version}}
-        began = time.monotonic()
-        if not self.config.async_rl.in_flight_updates:
-            self._admitting.clear()  # vLLM's own mode "wait" lets what is queued or preempted change weights
-            await self._drained.wait()
-        await self._engine.pause_generation(mode=PAUSE_MODE, clear_cache=True)
-        self._proven.clear()
-        await self._engine.start_weight_update()
-        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=payload))
-        await self._engine.finish_weight_update(str(update.version))
-        await self._engine.resume_generation()
-        return time.monotonic() - began
+        with self.phases("load"):
+            if not self.config.async_rl.in_flight_updates:
+                self._admitting.clear()  # vLLM's own mode "wait" lets what is queued or preempted change weights
+                await self._drained.wait()
+            await self._engine.pause_generation(mode=PAUSE_MODE, clear_cache=True)
+            self._proven.clear()
+            await self._engine.start_weight_update()
+            await self._engine.update_weights(WeightTransferUpdateRequest(update_info=payload))
+            await self._engine.finish_weight_update(str(update.version))
+            await self._engine.resume_generation()
 
     async def _canary(self, update: WeightUpdate) -> Canary:
         """The canary's reading. A paused engine runs nothing, so this runs after resuming, ahead of the rollouts;
@@ -385,7 +384,8 @@ class GeneratorActor:
 
         ask = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
         sequences = [ids[: self._max_model_len - 1].tolist() for ids in update.canary_token_ids]
-        outputs: list[Any] = await asyncio.gather(*(self._run(ids, ask, CANARY_PRIORITY) for ids in sequences))
+        with self.phases("prove"):
+            outputs: list[Any] = await asyncio.gather(*(self._run(ids, ask, CANARY_PRIORITY) for ids in sequences))
         found = [np.asarray(output.prompt_logprobs.logprobs, np.float32) for output in outputs]
         return compare(found, update.canary_logprobs)
 

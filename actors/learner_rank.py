@@ -40,7 +40,7 @@ class LearnerRank:
         self.config, self.rank, self.world_size = config, rank, world_size
         self._canary: list[np.ndarray] = []
         self._publisher: Publisher | None = None
-        self._gauges = ProcessGauges("learner", f"learner-{rank}", on=config.logging.ray_metrics)
+        self._gauges = ProcessGauges(config, "learner", f"learner-{rank}")
 
     def __repr__(self) -> str:
         return f"learner-{self.rank}"
@@ -106,7 +106,7 @@ class LearnerRank:
         if config.algo.kl_coef > 0:
             reference = Policy(load_model(config)).to(self.device).eval().requires_grad_(False)
         self.engine = DeepSpeedEngine(policy, config, self.rank, self.world_size, self.device)
-        self._step = LearnerStep(config, self.engine, size, reference)
+        self._step = LearnerStep(config, self.engine, size, reference, span=phase)
         if resume is not None:
             load_state(self.engine, resume)
         return size.parameters
@@ -163,8 +163,10 @@ class LearnerRank:
     def publish(self, version: int) -> WeightUpdate | None:
         """Make the weights available as ``version``; the update on rank 0, None on the others."""
         assert self._publisher is not None, "build comes first"
+        began = time.monotonic()
         with phase("write weights", version=version):
             info = self._publisher.publish(self._source(), version)
+        written = time.monotonic()
         if self.rank and self.config.learner.zero_stage < 3:
             return None
         with phase("canary log-probabilities", version=version):
@@ -178,6 +180,7 @@ class LearnerRank:
             canary_token_ids=tuple(self._canary),
             canary_logprobs=tuple(logprobs),
             kept=self._publisher.kept,
+            seconds={"write": written - began, "reference": time.monotonic() - written},
         )
 
     def save(self, folder: Path) -> None:

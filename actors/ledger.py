@@ -41,8 +41,7 @@ class LedgerActor:
             session=session,
             checkpoint=Path(checkpoint) if checkpoint else None,
         )
-
-        self._gauges = ProcessGauges("ledger", "ledger", on=config.logging.ray_metrics)
+        self._gauges = ProcessGauges(config, "ledger", "ledger")
 
     def __repr__(self) -> str:
         return "ledger"

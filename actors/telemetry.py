@@ -1,25 +1,32 @@
 """What Prometheus and Ray's dashboard see: gauges of the run's metrics, and of every actor's process.
 
 The driver's process gives each step's metrics under the names of cures_ray/run/metric_table.py. Each actor gives its
-CPU seconds, memory, event-loop lag and queue, with the labels ``role`` and ``name``. Ray exports them on every node.
+CPU seconds, memory, event-loop lag and queue, with the labels ``run``, ``role`` and ``name``. Ray exports them on every
+node.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import psutil
-from ray._private.profiling import profile  # Ray 2.60 has no public name for it; off without RAY_PROFILING
+from ray import get_runtime_context
+from ray._private import profiling  # Ray 2.60 has no public name for it; off without RAY_PROFILING
+from ray._private.worker import get_dashboard_url
 from ray.util.metrics import Gauge, Histogram
 
-from cures_ray.run.metric_table import Metric, metric_of
+from cures_ray.config import Config
+from cures_ray.run.metric_table import PROMETHEUS_ONLY, Metric, labels, metric_of
 
 EVERY_S = 2.0
 QUANTILES = (0.1, 0.5, 0.9)
+BELIEF, *HISTOGRAMS = PROMETHEUS_ONLY
 BOUNDARIES = {  # histogram of the driver -> upper bounds
     "staleness": [0.5, 1.5, 2.5, 4.5, 8.5],
     "n_by_lease": [1.5, 2.5, 4.5, 8.5, 16.5, 32.5],
@@ -27,10 +34,77 @@ BOUNDARIES = {  # histogram of the driver -> upper bounds
 
 
 def phase(name: str, **details: object) -> AbstractContextManager[None]:
-    """A span in ``ray timeline``, inside the task that runs: ``with phase("write weights", version=3):``. Ray 2.60
-    keeps none of an async actor's."""
-    span: AbstractContextManager[None] = profile(name, {"name": name} | {k: str(v) for k, v in details.items()})
+    """A span in ``ray timeline``, inside the plain task that runs: ``with phase("write weights", version=3):``."""
+    shown = {"name": name} | {k: str(v) for k, v in details.items()}
+    span: AbstractContextManager[None] = profiling.profile(name, shown)
     return span
+
+
+def explained(metric: Metric) -> str:
+    """Prometheus' help text: what it says, and its unit."""
+    return f"{metric.meaning} ({metric.unit or 'no unit'})"
+
+
+def dashboard_place() -> str:
+    """Where Ray's dashboard is, as the end of a line for people; "" without one."""
+    address = get_dashboard_url()
+    if not address:
+        return ""
+    gcs = get_runtime_context().gcs_address
+    return f"\nRay's dashboard http://{address} (token: ray get-auth-token; phases: ray timeline --address={gcs})"
+
+
+class ShowsWeightPhases:
+    """Base of an async actor that loads weights: ``with self.phases("load"):`` is a span in ``ray timeline``.
+
+    Ray 2.60 keeps profile events of plain tasks only, and shows calls under their method's name. So a span is a call of
+    the actor to its own method of that name, which lasts as long as the phase.
+    """
+
+    @cached_property
+    def phases(self) -> Phases:
+        return Phases()
+
+    async def fetch_weights(self, number: int) -> None:
+        await self.phases.last(number)
+
+    async def load_weights(self, number: int) -> None:
+        await self.phases.last(number)
+
+    async def prove_weights(self, number: int) -> None:
+        await self.phases.last(number)
+
+
+class Phases:
+    """Seconds of the phases "fetch", "load" and "prove"."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._open: dict[int, asyncio.Event] = {}
+        self._count = 0
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began, over = time.monotonic(), asyncio.Event()
+        if profiling.PROFILING_ENABLED:
+            self._count += 1
+            self._open[self._count] = over
+            getattr(get_runtime_context().current_actor, f"{name}_weights").remote(self._count)
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - began
+            over.set()
+
+    async def last(self, number: int) -> None:
+        """Return when span ``number`` is over."""
+        await self._open[number].wait()
+        del self._open[number]
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        taken, self._seconds = self._seconds, {}
+        return taken
 
 
 class RunGauges:
@@ -46,16 +120,14 @@ class RunGauges:
             found = metric_of(key)
             if found is not None and np.isfinite(value):
                 metric, label = found
-                tags = {"run": self.run} | ({metric.label: label} if metric.label else {})
-                self._gauge(metric).set(float(value), tags)
+                tags = dict.fromkeys(labels(metric.prometheus), label)  # "" for the sum of all
+                self._gauge(metric).set(float(value), {"run": self.run} | tags)
         for quantile in QUANTILES if len(histograms.get("belief_mean", ())) else ():
             value = float(np.quantile(histograms["belief_mean"], quantile))
-            self._named("cures_belief_accuracy", "quantile", "believed accuracy of the prompts, quantiles").set(
-                value, {"run": self.run, "quantile": f"{quantile:g}"}
-            )
-        for name, bounds in BOUNDARIES.items():
-            for value in histograms.get(name, ()):
-                self._histogram(name, bounds).observe(float(value) + 1e-9, {"run": self.run})
+            self._gauge(BELIEF).set(value, {"run": self.run, "quantile": f"{quantile:g}"})
+        for metric in HISTOGRAMS:
+            for value in histograms.get(metric.key, ()):
+                self._histogram(metric).observe(float(value) + 1e-9, {"run": self.run})
 
     def note(self, text: str) -> None:
         return None
@@ -64,17 +136,16 @@ class RunGauges:
         return None
 
     def _gauge(self, metric: Metric) -> Gauge:
-        return self._named(metric.prometheus, metric.label, f"{metric.meaning} ({metric.unit or 'no unit'})")
-
-    def _named(self, name: str, label: str | None, meaning: str) -> Gauge:
+        name = metric.prometheus
         if name not in self._gauges:
-            tags = ("run", label) if label else ("run",)
-            self._gauges[name] = Gauge(name, description=meaning, tag_keys=tags)
+            self._gauges[name] = Gauge(name, description=explained(metric), tag_keys=("run", *labels(name)))
         return self._gauges[name]
 
-    def _histogram(self, name: str, bounds: list[float]) -> Histogram:
+    def _histogram(self, metric: Metric) -> Histogram:
+        name = metric.prometheus
         if name not in self._histograms:
-            self._histograms[name] = Histogram(f"cures_{name}", boundaries=bounds, tag_keys=("run",))
+            bounds = BOUNDARIES[metric.key]
+            self._histograms[name] = Histogram(name, explained(metric), boundaries=bounds, tag_keys=("run",))
         return self._histograms[name]
 
 
@@ -86,21 +157,23 @@ class ProcessGauges:
         name: unique in the run, such as "generator-0".
         numbers: called at every report; names of the "process/" metrics without the prefix -> value.
         children: with the processes that this one started: an engine, judges. The driver's may be all of Ray.
-        on: False reports nothing (``logging.ray_metrics``).
+
+    Reports nothing where ``logging.ray_metrics`` is off.
     """
 
     def __init__(
         self,
+        config: Config,
         role: str,
         name: str,
         numbers: Callable[[], Mapping[str, float]] = dict,
         *,
         children: bool = True,
-        on: bool = True,
     ) -> None:
-        self._tags, self._numbers = {"role": role, "name": name}, numbers
+        self._tags = {"run": Path(config.checkpoint.dir).name, "role": role, "name": name}
+        self._numbers, self._on = numbers, config.logging.ray_metrics
         self._gauges: dict[str, Gauge] = {}
-        self._process, self._children, self._on = psutil.Process(), children, on
+        self._process, self._children = psutil.Process(), children
         self._due = 0.0
 
     def report(self, lag_s: float = 0.0) -> None:
@@ -146,5 +219,5 @@ class ProcessGauges:
             if found is None:
                 raise KeyError(f"process/{name} is not in cures_ray/run/metric_table.py")
             metric = found[0]
-            self._gauges[name] = Gauge(metric.prometheus, description=metric.meaning, tag_keys=("role", "name"))
+            self._gauges[name] = Gauge(metric.prometheus, description=explained(metric), tag_keys=tuple(self._tags))
         return self._gauges[name]

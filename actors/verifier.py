@@ -39,7 +39,7 @@ class VerifierActor:
         self._threads = ThreadPoolExecutor(MAX_CHUNKS, thread_name_prefix="chunk")
         self._threads.submit(self._pool.prewarm)  # a failure comes up again with the first call
         self._rollouts = 0  # in hand
-        self._gauges = ProcessGauges("verifier", name, self._numbers, on=config.logging.ray_metrics)
+        self._gauges = ProcessGauges(config, "verifier", name, self._numbers)
         self._reports: asyncio.Task[None] | None = None  # begins with the first call: there is no event loop yet
 
     def __repr__(self) -> str:

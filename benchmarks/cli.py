@@ -20,6 +20,7 @@ BENCHMARKS = {  # subcommand -> (module with main(argv), or module:function; wha
     "map": ("benchmarks.research.map_picture", "one picture over several results: when the curriculum pays"),
     "show": ("benchmarks.harness.convergence:show", "tables and plots of a committed comparison"),
     "peers": ("benchmarks.peers.demo", "beside TRL's GRPOTrainer on the demo, in TRL's own environment"),
+    "lm-eval": ("benchmarks.peers.lm_evaluation", "an exported model in lm-eval, beside cures eval"),
     "compare": ("benchmarks.harness.compare", "two result files; fails on a regression beyond the recorded spread"),
     "ledger-scale": ("benchmarks.micro.ledger_scale", "the curriculum at up to a million prompts"),
     "journal-sqlite": (

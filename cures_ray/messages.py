@@ -1,9 +1,7 @@
 """The typed messages that driver, ledger, generators, verifiers and learner exchange.
 
-What travels between processes is a *chunk*: many leases as flat arrays, k leases of r rollouts in all. What counts
-is the lease: each settles once, and n differs between leases (``np.repeat(x_k, n)`` spreads a lease's value over its
-rollouts). Payloads (token ids, log-probabilities) stay behind an opaque handle (`PayloadHandle`), an ``ObjectRef`` with
-Ray and the object itself in unit tests; the driver only passes it on.
+What travels between processes is a *chunk*: many leases as flat arrays, k leases of r rollouts in all. Each lease
+settles once; ``np.repeat(x_k, n)`` spreads its value over its rollouts. The driver only passes on a `PayloadHandle`.
 
 One rollout's life: *planned* -> *leased* -> *generated* -> *verified* -> *trained* | *discarded(reason)*. Conservation:
 
@@ -313,6 +311,7 @@ class WeightUpdate:
     canary_logprobs: tuple[np.ndarray, ...]  # float32 [T_k - 1], of tokens 1.. under the learner
     together: bool = False  # all generators load it before the learner trains on: it is the learner's own memory
     kept: bool = True  # False: the learner holds it only until it publishes the next
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase of publishing: "write", "reference"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,6 +324,7 @@ class SyncReport:
     seconds_paused: float  # in which the engine computed nothing
     seconds: float
     canary_mean_error: float = 0.0  # the mean, which decides
+    seconds_by_phase: dict[str, float] = field(default_factory=dict)  # "fetch", "load", "prove"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ from actors.cluster.usage import CpuMeter
 from actors.generator import GeneratorActor
 from actors.learner import LearnerGroup
 from actors.ledger import LedgerActor
-from actors.telemetry import ProcessGauges, RunGauges
+from actors.telemetry import ProcessGauges, RunGauges, dashboard_place
 from actors.verifier import VerifierActor
 from actors.weights.backend import resolve, road
 from actors.weights.shm import shm_folder
@@ -128,9 +128,8 @@ class Run:
             self.log.note(f"resuming from {self.inputs.resume} at version {version}")
         started = time.monotonic()
         await self.cpu.read()  # what came before is the start
-        self.log.note(f"all actors are up after {started - began:.0f} s; run folder {self.inputs.run_dir}")
-        gauges = ProcessGauges("driver", "driver", children=False, on=self.config.logging.ray_metrics)
-        watch = asyncio.create_task(gauges.watch())
+        self.log.note(f"all actors are up after {started - began:.0f} s; in {self.inputs.run_dir}{dashboard_place()}")
+        watch = asyncio.create_task(ProcessGauges(self.config, "driver", "driver", children=False).watch())
         for restarts in itertools.count():
             driver = self.driver = Driver(
                 self.config,

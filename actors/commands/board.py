@@ -38,6 +38,11 @@ ROWS: dict[str, list[Panel]] = {
             unit="percentunit",
             queries={"ray_cures_rollout_truncated": "cut off"},
         ),
+        Panel(title="Rollouts without a verdict", queries={"ray_cures_verifier_faults": "faults {{reason}}"}),
+        Panel(
+            title="Log-probability, learner against generator (nats)",
+            queries={"ray_cures_learner_logprob_diff": "mean"},
+        ),
     ],
     "Curriculum": [
         Panel(
@@ -46,9 +51,23 @@ ROWS: dict[str, list[Panel]] = {
             queries={"ray_cures_belief_accuracy": "quantile {{quantile}}"},
         ),
         Panel(
-            title="Effective sample size / prompts",
+            title="How the sampling concentrates",
+            queries={
+                "ray_cures_curriculum_tau": "temperature tau, large is uniform",
+                "ray_cures_curriculum_ess_fraction": "effective sample size / prompts",
+            },
+        ),
+        Panel(
+            title="What a batch tells",
             unit="percentunit",
-            queries={"ray_cures_curriculum_ess_fraction": "of the sampling"},
+            queries={
+                "ray_cures_curriculum_useful": "outcomes that the belief held less likely",
+                "ray_cures_curriculum_zero_variance": "groups rewarded alike",
+            },
+        ),
+        Panel(
+            title="Skill of the belief's experts (nats)",
+            queries={'ray_cures_belief{what=~"skill_.*"}': "{{what}}"},
         ),
         Panel(
             title="Rollouts a prompt",
@@ -70,13 +89,53 @@ ROWS: dict[str, list[Panel]] = {
             unit="s",
             queries={
                 "ray_cures_time_step_s": "step",
-                "ray_cures_time_learner_idle_s": "learner waits",
-                "ray_cures_time_generator_idle_s": "generators wait",
-                "ray_cures_time_weight_sync_s": "weight sync",
+                "ray_cures_time_learner_idle_s": "learner waits for rollouts",
+                "ray_cures_time_evaluation_s": "and for an evaluation",
+                "ray_cures_time_publish_s": "weights are written",
+                "ray_cures_learner_seconds": "optimizer step",
             },
         ),
         Panel(
-            title="Staleness (versions)", queries={"ray_cures_staleness_mean": "mean", "ray_cures_staleness_max": "max"}
+            title="What generators wait for",
+            unit="s",
+            queries={
+                "ray_cures_time_generator_wait_leases_s": "a lease",
+                "ray_cures_time_generator_wait_weights_s": "weights",
+            },
+        ),
+        Panel(
+            title="The learner's phases",
+            unit="s",
+            queries={
+                "ray_cures_learner_fetch_s": "fetch",
+                "ray_cures_learner_forward_backward_s": "forward and backward",
+                "ray_cures_learner_optimizer_s": "optimizer",
+            },
+        ),
+        Panel(
+            title="Weights to a generator",
+            unit="s",
+            queries={
+                "ray_cures_weights_write_s": "write",
+                "ray_cures_weights_fetch_s": "fetch",
+                "ray_cures_weights_load_s": "load",
+                "ray_cures_weights_prove_s": "prove",
+            },
+        ),
+        Panel(
+            title="Rollouts on their way",
+            queries={
+                "ray_cures_queue_generating": "generating",
+                "ray_cures_queue_judging": "judging",
+                "ray_cures_queue_judged": "judged, not trained",
+            },
+        ),
+        Panel(
+            title="Staleness (versions)",
+            queries={
+                "ray_cures_staleness_mean": "mean",
+                "histogram_quantile(0.9, rate(ray_cures_staleness_bucket[1m]))": "nine of ten rollouts are below",
+            },
         ),
         Panel(title="Tokens a second", queries={"ray_cures_rollout_tokens_per_s": "generated"}),
         Panel(title="Policy version of each generator", queries={"ray_cures_process_version": "{{name}}"}),

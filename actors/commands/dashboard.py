@@ -22,7 +22,7 @@ from cures_ray.messages import ConfigError
 DISCOVERY = "prom_metrics_service_discovery.json"  # in Ray's folder, kept up to date by Ray
 
 
-def prometheus_settings(ray_folder: Path) -> str:
+def prometheus_settings(ray_folder: Path, every_s: int = 5) -> str:
     """prometheus.yml that follows Ray's nodes.
 
     Raises:
@@ -35,7 +35,8 @@ def prometheus_settings(ray_folder: Path) -> str:
             f"name its folder with --ray-dir"
         )
     jobs = [{"job_name": "ray", "file_sd_configs": [{"files": [str(discovery)]}]}]
-    return yaml.safe_dump({"global": {"scrape_interval": "5s", "evaluation_interval": "5s"}, "scrape_configs": jobs})
+    every = {"scrape_interval": f"{every_s}s", "evaluation_interval": f"{every_s}s"}
+    return yaml.safe_dump({"global": every, "scrape_configs": jobs})
 
 
 def prometheus_command(program: str, folder: Path, port: int) -> list[str]:
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ray-dir", type=Path, default=Path(tempfile.gettempdir()) / "ray", help="Ray's folder")
     parser.add_argument("--dir", type=Path, default=Path("runs/dashboard"), help="settings and data of the servers")
     parser.add_argument("--prometheus-port", type=int, default=9090)
+    parser.add_argument("--scrape-s", type=int, default=5, help="seconds between two looks of Prometheus")
     parser.add_argument("--grafana-port", type=int, default=3000)
     parser.add_argument("--write-only", action="store_true", help="write board and settings, start nothing")
     args = parser.parse_args(argv)
@@ -84,7 +86,7 @@ def main(argv: list[str]) -> int:
     (folder / "boards").mkdir(parents=True, exist_ok=True)
     (folder / "boards" / "cures.json").write_text(board() + "\n")
     print(f"board        {folder / 'boards' / 'cures.json'}   (Grafana: Dashboards, New, Import)")
-    (folder / "prometheus.yml").write_text(prometheus_settings(args.ray_dir))
+    (folder / "prometheus.yml").write_text(prometheus_settings(args.ray_dir, args.scrape_s))
     print(f"settings     {folder / 'prometheus.yml'}")
     print(f"Ray's own Grafana takes the board too: RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR={folder / 'boards'}")
     if args.write_only:

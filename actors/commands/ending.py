@@ -18,7 +18,7 @@ def finish(name: str, summary: RunSummary, folder: Path, setup: float, began: fl
     data = summary.as_json() | {"seconds_setup": round(setup, 1), "seconds": round(time.monotonic() - began, 1)}
     (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
     print(ending(summary))
-    print(f"{name}: {data['seconds']} s in all")
+    print(f"{name}: {data['seconds']} s in all; the report is {folder / 'report.html'}")
     return data
 
 

@@ -90,8 +90,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Exit code 0 when everything was answered."""
-    loose = [a for a in argv if _is_override(a)]  # section.key=value anywhere, as in cures train
-    args = parser().parse_args([a for a in argv if a not in loose])
+    loose: list[str] = []  # section.key=value anywhere, as in cures train
+    rest: list[str] = []
+    for before, argument in zip(["", *argv], argv, strict=False):
+        (loose if _is_override(argument) and before != "--set" else rest).append(argument)
+    args = parser().parse_args(rest)
     if args.samples is not None and args.samples < 1:
         raise ConfigError(f"--samples = {args.samples}: at least 1 is needed")
     names = [name for name in args.sets.split(",") if name]

@@ -14,7 +14,8 @@ still counts for the schedule, which ends with the run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ from cures_ray.messages import RolloutChunk, RunError, StepReport, TrainingBatch
 
 SUMS = ("loss", "tokens", "clipped", "ratio", "kl", "logprob_diff", "entropy")  # of losses.policy_loss
 MAXIMA = ("max_ratio", "max_logprob_diff")
+PHASES = ("fetch", "score", "forward_backward", "optimizer")  # of a step
 
 Fetch = Callable[[list[TrainingGroup]], dict[int, RolloutChunk]]  # payloads by lease id
 
@@ -77,11 +79,21 @@ class LearnerStep:
     Args:
         size: of the model.
         reference: the frozen policy of the KL term, where there is one.
+        span: entered for each phase of a step, with its name, to show it somewhere.
     """
 
-    def __init__(self, config: Config, engine: Engine, size: ModelSize, reference: Any = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        size: ModelSize,
+        reference: Any = None,
+        span: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+    ) -> None:
         self.config, self.engine, self.size, self.reference = config, engine, size, reference
         self.last = LastResponses(config.learner.max_tokens_per_rank) if config.curriculum.measures_drift else None
+        self._span = span
+        self._seconds: dict[str, float] = {}  # of this step by phase
 
     def train(self, batch: TrainingBatch, fetch: Fetch) -> StepReport:
         """Update the policy on ``batch``; the same report on every rank but for its gradient statistics, which are of
@@ -92,10 +104,13 @@ class LearnerStep:
         """
         began = time.monotonic()
         config, algo = self.config, self.config.algo
+        self._seconds = dict.fromkeys(PHASES, 0.0)
         chunks = self.size.chunks(batch, config.learner.max_tokens_per_rank)
-        parts = self._mini_batches(batch, fetch)
-        drift, drift_tokens = self._drift(parts, chunks)
-        self._score(parts, chunks)
+        with self._phase("fetch"):
+            parts = self._mini_batches(batch, fetch)
+        with self._phase("score"):
+            drift, drift_tokens = self._drift(parts, chunks)
+            self._score(parts, chunks)
         statistics = LastLayerStatistics(config.rollout.temperature, config.learner.seed)
         planned = algo.updates_per_batch * algo.mini_batches
         reports, done = [], 0
@@ -108,6 +123,7 @@ class LearnerStep:
                 done += part.moves
         metrics = mean_metrics(reports) | {"updates": float(done), "skipped": 1 - done / len(reports)}
         metrics |= self._cost(batch, parts, time.monotonic() - began)
+        metrics |= {f"{name}_s": seconds for name, seconds in self._seconds.items()}
         if self.last is not None:
             metrics["drift_tokens"] = self.engine.total([float(drift_tokens)])[0]
             metrics["flops"] += self.size.flops(metrics["drift_tokens"], 0.0, updates=0, scores=1)
@@ -128,25 +144,33 @@ class LearnerStep:
     ) -> dict[str, float]:
         """One optimizer step, or none. The loss is checked before it, so that no checkpoint holds broken weights."""
         sums = {k: torch.zeros((), device=self.engine.device) for k in SUMS + MAXIMA}
-        if part.moves or statistics is not None:
-            for i, m in enumerate(part.micro):
+        with self._phase("forward_backward"):
+            for i, m in enumerate(part.micro if part.moves or statistics is not None else ()):
                 scores = (part.prox[i] if part.prox else None, part.reference[i] if part.reference else None)
                 with torch.set_grad_enabled(part.moves):
                     loss = self._loss(m, scores, chunks, sums, statistics)
                 if part.moves:
                     self.engine.backward(loss, last=i == len(part.micro) - 1)
-        values = torch.stack([sums[k].double() for k in SUMS + MAXIMA]).tolist()
+            values = torch.stack([sums[k].double() for k in SUMS + MAXIMA]).tolist()  # waits for the device
         totals = self.engine.total(values[: len(SUMS)]) + self.engine.total(values[len(SUMS) :], largest=True)
         report = dict(zip(SUMS + MAXIMA, totals, strict=True))
         if not np.isfinite(report["loss"]):
             raise RunError(f"optimizer step {step}: the loss is {report['loss']}; nothing was updated")
-        norm = self.engine.update(rate) if part.moves else 0.0
+        with self._phase("optimizer"):
+            norm = self.engine.update(rate) if part.moves else 0.0
         if not np.isfinite(norm):
             raise RunError(
                 f"optimizer step {step}: the gradient norm is {norm} and the weights are lost; resume from the last "
                 f"checkpoint with a lower learner.lr"
             )
         return report | {"grad_norm": norm, "lr": rate}
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        with self._span(name):
+            yield
+        self._seconds[name] += time.monotonic() - began
 
     def _loss(
         self,

@@ -39,7 +39,7 @@ from cures_ray.loop.assemble import assemble
 from cures_ray.loop.chunks import Place
 from cures_ray.loop.generation import Generation
 from cures_ray.loop.ports import GeneratorPort, LearnerLost, Observer, Ports
-from cures_ray.loop.slots import Metrics, longest_waiting, step_metrics
+from cures_ray.loop.slots import Metrics, longest_waiting, staleness, step_metrics
 from cures_ray.messages import (
     Accounting,
     BatchPlan,
@@ -160,7 +160,8 @@ class Driver:
             self._sound = False
             idle = time.monotonic() - began
             plan, groups, batch, commit, report = await self._train(step, plan)
-            await self._finish_evaluation()  # it measures this version: weights may not change under it
+            # an evaluation measures this version: weights may not change under it
+            spent = {"time/evaluation_s": await self._timed(self._finish_evaluation())}
             commit = replace(commit, gradient_statistics=report.gradient_statistics, drift=report.drift)
             accounting = await self.ports.ledger.commit(commit)
             accounting.check()
@@ -168,16 +169,16 @@ class Driver:
             if self._show_rollouts is not None and step % self.config.logging.histogram_interval == 0:
                 self._tasks.create_task(self._show_rollouts(batch))
             metrics = step_metrics(plan, groups, report, accounting, step) | {"time/learner_idle_s": idle}
+            lag = staleness(plan, groups, step)
             last = step + 1 == self.config.trainer.steps
             # Before generators get leases again: with max_staleness = 0 nothing of the next batch has begun, so that a
             # resumed run is the same run. And before the last evaluation, which may fail.
-            await self._checkpoint_at(step + 1, force=self._stopping or last)
+            saving = self._checkpoint_at(step + 1, force=self._stopping or last)
+            spent["time/checkpoint_s"] = await self._timed(saving)
             if not self._stopping:
-                began = time.monotonic()
-                await self._publish(step + 1)
+                spent["time/publish_s"] = await self._timed(self._publish(step + 1))
                 self._sound = True
-                metrics["time/publish_s"] = time.monotonic() - began
-            metrics |= self._measured()
+            metrics |= spent | self._measured()
             self._bottleneck.observe(
                 generate_seconds=metrics["time/step_s"] - metrics["time/generator_idle_s"],
                 generated=sum(len(e.rewards) for e in plan.entries),
@@ -186,10 +187,10 @@ class Driver:
             )
             if self._stopping:
                 self.interrupted_at = None if last else step + 1
-                await self._observe(step + 1, metrics)
+                await self._observe(step + 1, metrics, lag)
                 break
             await self._evaluate_at(step + 1)
-            await self._observe(step + 1, metrics)
+            await self._observe(step + 1, metrics, lag)
             if last and self._evaluation is None and self._evaluated == step + 1:
                 await self._checkpoint_at(step + 1, force=True)  # again: a resumed run keeps the last evaluation
         await self._finish_evaluation()
@@ -294,12 +295,19 @@ class Driver:
         seconds, self._step_began = max(now - self._step_began, 1e-9), now
         return {"time/step_s": seconds} | self._generation.measured(seconds) | self.ports.usage()
 
-    async def _observe(self, version: int, metrics: Metrics) -> None:
+    async def _timed(self, work: Coroutine[Any, Any, None]) -> float:
+        """Seconds of ``work``."""
+        began = time.monotonic()
+        await work
+        return time.monotonic() - began
+
+    async def _observe(self, version: int, metrics: Metrics, lag: np.ndarray) -> None:
+        """``lag``: versions, of every rollout of the step."""
         due = version % self.config.logging.histogram_interval == 0 or version == self.config.trainer.steps
         histograms: dict[str, np.ndarray] = {}
         if due:
             status = await self.ports.ledger.status()
-            histograms = status.histograms
+            histograms = status.histograms | {"staleness": lag}
             metrics |= {k if "/" in k else f"curriculum/{k}": v for k, v in status.metrics.items()}
         self.observer.step(version, metrics, histograms)
 

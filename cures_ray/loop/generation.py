@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from itertools import repeat
@@ -39,6 +40,8 @@ from cures_ray.messages import (
 VERIFY_ATTEMPTS = 5  # on changing verifiers, with growing pauses: a verifier that restarts is back by then
 RETRY_S = 0.5  # pause after the first failed verification; doubles, up to 5 s
 SYNC_ATTEMPTS = 2  # the generator and one replacement; then it is retired
+CAUSES = ("leases", "weights", "replacement")  # what an idle generator waits for, see Slot.take_idle
+RATE_S = 10.0  # over which tokens a second are counted: steps may be shorter than a generator's chunk
 GRACE_S = 60.0  # beyond rollout.timeout_s, after which a lease that never came back counts as lost
 
 
@@ -72,7 +75,9 @@ class Generation:
         self._update: WeightUpdate | None = None
         self._changed = asyncio.Event()  # a slot has proven weights
         self._loops: set[asyncio.Task[None]] = set()
+        self._judging = 0  # rollouts at the verifiers
         self._tokens, self._verdict_seconds = 0, [np.zeros(0, np.float32)]
+        self._tokens_at = deque([(time.monotonic(), 0)])  # (when, tokens until then) at the last steps
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -119,6 +124,7 @@ class Generation:
             generator, update = slot.generator, self._update
             assert update is not None, "weights are published before generators start"
             slot.loading = True
+            slot.track_idle()
             try:
                 report = await generator.update_weights(update)
             except (WorkerLost, CanaryFailed) as error:
@@ -136,6 +142,7 @@ class Generation:
                 continue
             finally:
                 slot.loading = False
+                slot.track_idle()
                 self._changed.set()
             slot.version, self.synced = report.version, report
             self._progress(f"generator {generator.name} holds version {report.version}")
@@ -162,6 +169,7 @@ class Generation:
             self._retire(slot, str(error))
             return False
         slot.lost, slot.version = "", -1
+        slot.track_idle()
         self._start(self._collect(slot, slot.generator))
         self._note(f"generator {name} is back after {time.monotonic() - began:.0f} s")
         self._progress(f"generator {name} replaced")
@@ -186,7 +194,6 @@ class Generation:
         limit = self.config.rollout.max_concurrent_rollouts
         while True:
             slot.wake.clear()
-            slot.track_idle()
             if not await self._sync(slot):
                 return
             room = limit - slot.rollouts
@@ -228,11 +235,15 @@ class Generation:
 
     async def _judge(self, summary: ChunkSummary, payload: PayloadHandle) -> None:
         """Rollouts -> verdicts -> one settlement, or the leases back to the ledger."""
+        rollouts = len(summary.completion_tokens)
+        self._judging += rollouts
         try:
             verdicts = await self._verdicts(summary, payload)
         except PayloadLost:
             await self.ports.ledger.give_back(summary.keys, Discard.LOST)
             return self.wake()
+        finally:
+            self._judging -= rollouts
         for line in self.faults.add(verdicts.details.get(row) for row in range(len(verdicts.fault))):
             self._note(line)
         if problem := self.faults.problem():
@@ -287,13 +298,22 @@ class Generation:
 
     def measured(self, seconds: float) -> Metrics:
         """Rates over the last ``seconds``; resets the counters."""
-        idle = [slot.take_idle() for slot in self.slots.values()]
-        tokens, self._tokens = self._tokens, 0
+        slots = list(self.slots.values())
+        idle = [slot.take_idle() for slot in slots]
+        now = time.monotonic()
+        self._tokens_at.append((now, self._tokens))
+        while len(self._tokens_at) > 2 and self._tokens_at[1][0] <= now - RATE_S:
+            self._tokens_at.popleft()
+        since, before = self._tokens_at[0]
         spent = np.concatenate(self._verdict_seconds)
         self._verdict_seconds = [np.zeros(0, np.float32)]
         metrics = {
-            "rollout/tokens_per_s": tokens / seconds,
-            "time/generator_idle_s": sum(idle) / max(len(idle), 1),
+            "rollout/tokens_per_s": (self._tokens - before) / max(now - since, 1e-9),
+            "time/generator_idle_s": sum(sum(causes.values()) for causes in idle) / max(len(idle), 1),
+            **{f"time/generator_wait_{c}_s": sum(i.get(c, 0.0) for i in idle) / max(len(idle), 1) for c in CAUSES},
+            "queue/generating": float(sum(slot.rollouts for slot in slots)),
+            "queue/judging": float(self._judging),
+            "queue/judged": float(sum(int(chunk.summary.n[place]) for chunk, place in self.verified.values())),
             "verifier/busy": float(spent.sum()) / seconds,  # verifier processes at work, on average
             "verifier/verdict_s": float(spent.mean()) if len(spent) else 0.0,
             "verifier/verdict_p99_s": float(np.quantile(spent, 0.99)) if len(spent) else 0.0,
@@ -303,6 +323,9 @@ class Generation:
             metrics["weights/canary_mean_error"] = self.synced.canary_mean_error
             metrics["weights/paused_s"] = self.synced.seconds_paused
             metrics["time/weight_sync_s"] = self.synced.seconds
+            metrics |= {f"weights/{phase}_s": s for phase, s in self.synced.seconds_by_phase.items()}
+        if self._update is not None:
+            metrics |= {f"weights/{phase}_s": s for phase, s in self._update.seconds.items()}
         reasons = {f"verifier/faults/{reason}": float(count) for reason, count in self.faults.reasons.items()}
         return metrics | self.faults.metrics() | reasons
 

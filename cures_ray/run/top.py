@@ -21,11 +21,14 @@ ROWS = {  # label -> (metric, format)
     "rollouts without a verdict": ("curriculum/fault_fraction", "{:.1%}"),
     "staleness (versions)": ("staleness/mean", "{:.2f}"),
     "seconds a step": ("time/step_s", "{:.1f}"),
-    "  learner waits": ("time/learner_idle_s", "{:.1f}"),
-    "  generators wait": ("time/generator_idle_s", "{:.1f}"),
+    "  learner waits for rollouts": ("time/learner_idle_s", "{:.1f}"),
+    "  and for an evaluation": ("time/evaluation_s", "{:.1f}"),
+    "  generators wait for leases": ("time/generator_wait_leases_s", "{:.1f}"),
+    "  and for weights": ("time/generator_wait_weights_s", "{:.1f}"),
     "  weight sync": ("time/weight_sync_s", "{:.2f}"),
     "tokens a second": ("rollout/tokens_per_s", "{:.0f}"),
-    "effective sample size / prompts": ("curriculum/ess_fraction", "{:.2f}"),
+    "temperature of the sampling": ("curriculum/tau", "{:.3g}"),
+    "outcomes held less likely": ("curriculum/useful", "{:.1%}"),
 }
 BARS = "▁▂▃▄▅▆▇█"
 

@@ -10,7 +10,7 @@ import yaml
 from actors.commands.board import ROWS, board, queries
 from actors.commands.cli import main as cures
 from actors.commands.dashboard import grafana_settings
-from cures_ray.run.metric_table import METRICS, metric_of, page
+from cures_ray.run.metric_table import METRICS, PROMETHEUS_ONLY, metric_of, page
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,7 @@ def test_every_metric_is_explained_once_and_has_one_prometheus_name():
 
 def test_the_board_asks_only_for_metrics_that_exist():
     known = {f"ray_{m.prometheus}" for m in METRICS}
-    known |= {"ray_cures_belief_accuracy", "ray_cures_n_by_lease_sum", "ray_cures_n_by_lease_count"}
+    known |= {f"ray_{m.prometheus}{part}" for m in PROMETHEUS_ONLY for part in ("", "_sum", "_count", "_bucket")}
     asked = {name for query in queries() for name in re.findall(r"ray_cures_\w+", query)}
     assert asked <= known and len(asked) > 20
 

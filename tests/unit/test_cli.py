@@ -56,3 +56,9 @@ def test_a_dry_run_refuses_what_does_not_fit(capsys):
         capsys, "train", "configs/demo.yaml", "--dry-run", "--no-data", "ray.num_cpus=2", "rollout.num_generators=40"
     )
     assert code == 2 and "available in all" in text
+
+
+@pytest.mark.parametrize("given", [["rollout.no_such_key=1"], ["--set", "rollout.no_such_key=1"]])
+def test_eval_takes_settings_with_and_without_set(given, capsys):
+    code, text = run(capsys, "eval", "MODEL", "--data", "F.jsonl", *given)
+    assert code == 2 and "unknown key rollout.no_such_key" in text

@@ -20,7 +20,7 @@ def run(steps: int = 60, **changes) -> list[dict]:
             "learner/entropy": 0.5,
             "learner/grad_norm": 0.2,
             "learner/computed_share": 0.5,
-            "learner/max_ratio": 1.2,
+            "learner/logprob_diff_max": 0.2,
             "curriculum/fault_fraction": 0.0,
             "time/step_s": 10.0,
             "time/learner_idle_s": 2.0,
@@ -51,7 +51,7 @@ def test_a_healthy_run_has_no_findings():
         ({"time__learner_idle_s": 8.0}, "the learner waits 80%"),
         ({"time__generator_idle_s": 8.0}, "the generators wait 80%"),
         ({"accounting__discarded_stale": lambda s: 64.0 * s}, "25% of all rollouts ended as stale"),
-        ({"learner__max_ratio": 400.0}, "factor of 400"),
+        ({"learner__logprob_diff_max": 6.0}, "factor of 403"),
         ({"learner__grad_norm": lambda s: 0.2 if s < 60 else 9.0}, "jumped to 9"),
     ],
 )

@@ -1,9 +1,13 @@
 """The arithmetic of the comparison with other trainers."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from benchmarks.harness.results_file import ROOT
 from benchmarks.peers.demo import figures, seconds_to
+from benchmarks.peers.lm_evaluation import LAST_BOX, compare, task
 from benchmarks.peers.settings import SETTINGS, messages
 from benchmarks.peers.trl_grpo import judge_of
 from cures_ray.config_load import load_config
@@ -46,3 +50,23 @@ def test_trl_gets_the_prompts_of_the_run_with_its_system_prompt_and_the_same_sco
     judge = judge_of("reasoning_gym")
     assert judge(f"The answer is {rows[0]['answer']}.", rows[0]) == 1.0
     assert judge("The answer is -12345.", rows[0]) == 0.0
+
+
+def item(right: bool, completion: str = "\\boxed{3}", gold: str = "3") -> dict:
+    return {"gold": gold, "completion": completion, "right": right}
+
+
+def test_two_evaluations_are_compared_item_by_item():
+    ours = [item(True), item(True), item(False, "\\boxed{4}")]
+    theirs = [item(True), item(False), item(False, "\\boxed{5}")]
+    found, different = compare(ours, theirs)
+    assert found["accuracy_cures"] == pytest.approx(2 / 3) and found["accuracy_lm_eval"] == pytest.approx(1 / 3)
+    assert found["same_completion_other_verdict"] == 1 and [row["item"] for row in different] == [1, 2]
+    with pytest.raises(ValueError, match="different items"):
+        compare(ours, [item(True, gold="9"), *theirs[1:]])
+
+
+def test_lm_evals_task_reads_the_local_file_and_takes_the_last_box():
+    settings = task(Path("/data/eval.jsonl"), LAST_BOX, 12)
+    assert settings["dataset_kwargs"]["data_files"]["test"] == "/data/eval.jsonl"
+    assert re.findall(LAST_BOX, r"so \boxed{1} or \boxed{\frac{1}{2}}")[-1] == r"\frac{1}{2}"

@@ -31,9 +31,18 @@ def run_dir(tmp_path):
 def test_the_report_is_one_page_with_verdict_pictures_samples_and_settings(run_dir):
     page = write_report(run_dir).read_text()
     assert "unhealthy" in page and "70% of the rollouts end at rollout.max_new_tokens" in page
-    assert page.count("data:image/png;base64,") >= 6 and not re.search(r'(src|href)="http', page)
+    assert page.count("data:image/png;base64,") >= 4 and not re.search(r'(src|href)="http', page)
     assert "&#34;lr&#34;: 0.5" in page and "generator-0 lost" in page
     assert "Believed accuracy of the prompts over time" in page
+
+
+def test_what_never_changes_is_a_line_and_no_picture(run_dir):
+    lines = [{"step": s, "rollout/reward": 0.1 * s, "curriculum/ess_fraction": 0.5} for s in range(1, 9)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = " ".join(write_report(run_dir).read_text().split())
+    title = "Effective sample size of the sampling / prompts"
+    assert f'alt="{title}"' not in page and f"{title} (effective sample size 0.5)" in page
+    assert 'alt="Accuracy"' in page
 
 
 def test_what_a_model_wrote_is_shown_as_text(run_dir):
