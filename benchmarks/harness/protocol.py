@@ -24,12 +24,14 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness.cell import BASES_FOLDER, Spec
+from benchmarks.harness.mixture import surveyed
 from benchmarks.harness.protocol_cells import PARTS, SYNTHETIC, default_out, make_specs
 from benchmarks.harness.protocol_tables import report
 from benchmarks.harness.real_task import REAL_TASK
 from benchmarks.harness.runs import commit_runs, committed
 from benchmarks.harness.sweep import Sweep
 from benchmarks.inprocess.costs import DEVICE
+from cures_ray.messages import ConfigError
 
 # Seconds of a cell and its share of the base model on one core of an AMD EPYC, until there are cells of this call
 SECONDS = {"chain": 35.0, "program": 60.0, "chain_opaque": 45.0, REAL_TASK: 1800.0}
@@ -63,6 +65,11 @@ def main(argv: list[str]) -> int:
     """Exit code 1 when a cell failed, 2 when cells are left for the next call."""
     args = parser().parse_args(argv)
     args.out = args.out or default_out(args.part)
+    if args.part in ("a", "tune-a") and not args.budget_rollouts and not args.estimate and surveyed() is None:
+        raise ConfigError(
+            "the mixture of part a follows from a survey of the base model, which there is not yet: run "
+            "cures bench survey --name survey_smollm2 (minutes of one core) and commit its result first"
+        )
     os.environ[DEVICE] = args.device
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the cells too
     if args.part.startswith("tune-"):

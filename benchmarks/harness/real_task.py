@@ -5,33 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.mixture import CANDIDATES, surveyed
+
 REAL_TASK, REAL_MODEL = "reasoning-gym", "smollm2"
 BATCH_DIVISOR = 4  # every arm's prompts and rollouts a step, against those of arms.py: 64 rollouts a step
 
-TASKS_OF_MIXTURE = [  # chosen from the base model's accuracy, before any method ran
-    ("chain_sum_short", "chain_sum", {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}, 0.40),
-    ("chain_sum_long", "chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, 0.40),
-    ("gcd", "gcd", {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 30}, 0.10),
-    (
-        "products",
-        "products",
-        {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
-        0.10,
-    ),  # about 80 prompts
-]
+# For trials until there is a survey; part (a) itself does not start without one.
+PROVISIONAL = {"sum_of_2_to_3": 0.4, "sum_of_2_longer": 0.4, "product_of_2_longer": 0.2}
+
+
+def tasks_of_mixture() -> list[dict[str, Any]]:
+    """By the committed survey, else the provisional ones."""
+    provisional = [
+        {"name": CANDIDATES[family][0], "params": CANDIDATES[family][1], "weight": share, "label": family}
+        for family, share in PROVISIONAL.items()
+    ]
+    return surveyed() or provisional
 
 
 def real_settings(base: str, seed: int) -> dict[str, Any]:
     """Overrides of the task: data, model, lengths and evaluation; the same for every arm."""
-    tasks = [
-        {"name": name, "params": params, "weight": weight, "label": label}
-        for label, name, params, weight in TASKS_OF_MIXTURE
-    ]
     return {
         "model.path": base,
         "data.train": REAL_TASK,
         "data.eval": REAL_TASK,
-        "data.reasoning_gym": {"train_size": 512, "eval_size": 128, "seed": seed, "tasks": tasks},
+        "data.reasoning_gym": {"train_size": 512, "eval_size": 128, "seed": seed, "tasks": tasks_of_mixture()},
         "data.system_prompt": "Give only the answer.",
         "data.max_prompt_tokens": 160,
         "data.max_eval_prompts": None,

@@ -8,13 +8,13 @@ import pytest
 
 from benchmarks.harness import lr_sweep, protocol
 from benchmarks.harness.cell import config_of
+from benchmarks.harness.mixture import CANDIDATES, mixed_share, mixture, surveyed
 from benchmarks.harness.paired import holm, mean_accuracy, paired
 from benchmarks.harness.protocol_cells import FOUR, GRPO, SPO, SYNTHETIC, TUNED, make_specs, rated, seeds_of
 from benchmarks.harness.protocol_tables import map_table, report
 from benchmarks.harness.protocol_tuning import extended, inside
 from benchmarks.harness.real_task import REAL_TASK
 from benchmarks.harness.runs import commit_runs, committed, compact, expand
-from benchmarks.harness.survey import mixed_share, mixture
 from benchmarks.harness.sweep import Sweep
 from cures_ray.messages import ConfigError
 
@@ -242,3 +242,19 @@ def test_a_run_of_another_task_or_mix_is_another_line(tmp_path):
     assert found == [("chain", []), ("chain", [5, 6]), ("chain_opaque", [])]
     text = report("b", committed("protocol_b", tmp_path), "a test")
     assert "## chain T\n" in text and "## chain T, levels [5, 6]" in text and "## chain_opaque T" in text
+
+
+def test_part_a_takes_its_tasks_from_the_committed_survey(tmp_path):
+    assert surveyed(tmp_path / "none.json") is None
+    rows = [family("sum_of_2_to_3", "chain_sum", 0.5), family("product_of_2", "products", 0.3)]
+    (tmp_path / "survey.json").write_text(json.dumps({"rows": rows}))
+    tasks = surveyed(tmp_path / "survey.json")
+    assert [(t["label"], t["name"]) for t in tasks] == [("sum_of_2_to_3", "chain_sum"), ("product_of_2", "products")]
+    assert tasks[0]["params"] == CANDIDATES["sum_of_2_to_3"][1]
+
+
+@pytest.mark.parametrize("part", ["a", "tune-a"])
+def test_part_a_does_not_start_without_a_survey(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "surveyed", lambda: None)
+    with pytest.raises(ConfigError, match="cures bench survey --name survey_smollm2"):
+        protocol.main([part, "--out", str(tmp_path)])
