@@ -184,6 +184,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--interval", type=float, default=45.0, help="mean seconds between two kills")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop in order after so long; repeat to go on")
+    parser.add_argument("--run", choices=["killed", "peace"], help="only this one, without a report")
     parser.add_argument("--report", action="store_true", help="write the result of what has run so far")
     args = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * args.minutes
@@ -191,11 +192,12 @@ def main(argv: list[str]) -> int:
     if not (args.dir / "base" / "summary.json").exists():
         prepare(["--out", str(args.dir / "base"), "--task", "chain", "--seed", "0", "--eval-prompts", "400"])
     for name, mean_s in (("killed", args.interval), ("peace", None)):
-        if args.report:
+        if args.report or args.run not in (None, name):
             continue
         print(f"{name}: from step {latest(args.dir / name) or 0} of {args.steps}", flush=True)
         if not run_until(args.dir, name, args.steps, mean_s, deadline):
             print(f"{name}: stopped at step {latest(args.dir / name)}; the same command goes on", flush=True)
             return 3
-    report(args.dir, args.interval)
+    if args.run is None:
+        report(args.dir)
     return 0

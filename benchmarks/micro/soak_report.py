@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,27 @@ STARTING_S = {"GCS": 300.0}  # in which its store of task events fills up
 OTHERS_START_S = 90.0
 WATCHED_S = 120.0  # a process that was watched for less says nothing about growth
 LAST = 5  # evaluations that make the final accuracy
+PIECE_S = 200.0  # between two kills: the soak was stopped meanwhile
 SERIES = 120  # points a curve of the result file
 RUNS = {"killed": "with kills", "peace": "without"}
 
 
-def report(folder: Path, mean_s: float) -> None:
+def report(folder: Path) -> None:
     """Write benchmarks/results/soak.json and soak.png from what lies in ``folder``."""
     runs = {name: figures_of(folder, name) for name in RUNS if (folder / name / "metrics.jsonl").exists()}
-    figures: dict[str, Any] = {"mean_seconds_between_kills": mean_s}
+    figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for name, (numbers, series) in runs.items():
         figures |= {f"{name}/{key}": value for key, value in numbers.items()}
         rows += [{"run": name, **point} for point in series]
     if len(runs) == len(RUNS):
-        a, b = ([p["accuracy"] for p in series if "accuracy" in p][-LAST:] for _, series in runs.values())
-        figures["accuracy_difference"] = round(float(np.mean(a) - np.mean(b)), 4)
+        a, b = ({p["step"]: p["accuracy"] for p in series if "accuracy" in p} for _, series in runs.values())
+        both = sorted(a.keys() & b.keys())[-LAST:]
+        figures["accuracy_of_both/steps"] = both
+        figures["accuracy_of_both/killed"], figures["accuracy_of_both/peace"] = (
+            round(float(np.mean([accuracy[s] for s in both])), 4) for accuracy in (a, b)
+        )
+        figures["accuracy_of_both/difference_each"] = [round(a[s] - b[s], 4) for s in both]
     write_result("soak", figures, rows)
     draw(rows, RESULTS / "soak.png")
     for key, value in figures.items():
@@ -51,6 +57,9 @@ def figures_of(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, 
     kills = _lines(folder / f"kills-{name}.jsonl")
     pace = float(np.median([s["time/step_s"] for s in steps]))
     numbers: dict[str, Any] = {"steps": len(steps), "seconds_a_step": round(pace, 3), "starts": _starts(samples)}
+    if len(kills) > 1:
+        gaps = [b["time"] - a["time"] for a, b in pairwise(kills) if b["time"] - a["time"] < PIECE_S]
+        numbers["seconds_between_kills"] = round(float(np.mean(gaps)), 1)
     numbers |= {f"kills/{role}": count for role, count in sorted(Counter(k["role"] for k in kills).items())}
     for role, seconds in sorted(recovery(run_dir, kills).items()):
         numbers[f"seconds_lost/{role}"] = [round(float(q), 1) for q in np.quantile(seconds, [0.1, 0.5, 0.9])]
