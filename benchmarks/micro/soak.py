@@ -150,8 +150,9 @@ def watch(
             "held": memory(seen),
             "store": stored_bytes(session) if session else None,
             "task_events": task_events(session) if session else None,
-            "journal": folder_bytes(run_dir / "ledger") - _size(run_dir / "ledger" / "history.jsonl"),
-            "shm": folder_bytes(Path("/dev/shm")),
+            "journal_bytes": folder_bytes(run_dir / "ledger", "journal-*", "snapshot-*/*"),
+            "lease_log_bytes": folder_bytes(run_dir / "ledger", "leases-*"),
+            "shm": folder_bytes(Path("/dev/shm"), "*", "*/*"),
         }
         _append(folder / f"samples-{name}.jsonl", sample)
         if (
@@ -166,10 +167,6 @@ def watch(
 def latest(run_dir: Path) -> int | None:
     steps = [r["step"] for r in trained(run_dir)]
     return steps[-1] if steps else None
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ WATCHED_S = 120.0  # a process that was watched for less says nothing about grow
 LAST = 5  # evaluations that make the final accuracy
 PIECE_S = 200.0  # between two kills: the soak was stopped meanwhile
 SERIES = 120  # points a curve of the result file
+COUNTS = ("store", "journal_bytes", "lease_log_bytes", "task_events")
 RUNS = {"killed": "with kills", "peace": "without"}
 
 
@@ -71,8 +72,8 @@ def figures_of(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, 
         numbers[f"growth/{role}/MiB_per_1000_steps"] = round(mib, 2)
         numbers[f"growth/{role}/descriptors_per_1000_steps"] = round(descriptors, 2)
         numbers[f"growth/{role}/hours_watched"] = round(hours, 2)
-    for key in ("store", "journal", "task_events"):
-        values = [s[key] for s in samples if s[key] is not None]
+    for key in COUNTS:
+        values = [s[key] for s in samples if s.get(key) is not None]
         if values:
             half = len(values) // 2
             numbers[f"{key}/most_in_first_half"], numbers[f"{key}/most_in_second_half"] = (
@@ -131,7 +132,7 @@ def _thinned(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     points = []
     for s in began[:: max(1, -(-len(began) // SERIES))]:
         mib = {role: round(sum(m for m, _ in held.values()), 1) for role, held in s["held"].items()}
-        points.append({"step": s["step"], "MiB": mib} | {k: s[k] for k in ("store", "journal", "task_events")})
+        points.append({"step": s["step"], "MiB": mib} | {k: s[k] for k in COUNTS if k in s})
     return points
 
 
