@@ -8,8 +8,8 @@ at times that do not look at what the run is doing. In the second nothing is kil
         |--every 5 s: memory, descriptors, object store, journal, GCS--> samples-RUN.jsonl
         '--SIGKILL a role-----------------------------------------------> kills.jsonl
 
-Results: benchmarks/results/soak.json and docs/soak.png. ``--minutes`` stops in order after that time; the same command goes
-on from there.
+Results: benchmarks/results/soak.json and docs/soak.png. ``--minutes`` stops in order after that time; the same command
+goes on from there.
 """
 
 from __future__ import annotations
