@@ -1,8 +1,9 @@
 """Requests that begin in one engine step, so that synchronous training is the same to the bit every time.
 
-Which requests share a step of the engine decides the shapes of its matrix products, and these how sums are rounded
-(1e-6 in float32; a sampled token may change with it). Requests that arrive one by one join whatever step comes next, by
-chance. Held back until all are there, in their order and with an empty cache, they run the same steps every time.
+Which requests share a step of the engine decides the shapes of its matrix products, and these may decide how sums are
+rounded (not so with 1 M parameters on one thread, where it was compared). Requests that arrive one by one join whatever
+step comes next, by chance. Held back until all are there, in their order and with an empty cache, they run the same
+steps every time.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from cures_ray.messages import ConfigError
 BLOCK = re.compile(r"<!-- table (?P<name>\S+)\n(?P<spec>.*?)-->\n(?P<body>.*?)<!-- end table -->", re.DOTALL)
 COMMAND = re.compile(r"<!-- command (?P<name>\S+) -->\n.*?<!-- end command -->", re.DOTALL)
 FAULTS = re.compile(r"<!-- faults -->\n.*?<!-- end faults -->", re.DOTALL)
-DOCUMENTS = [Path("docs/benchmarks.md"), Path("docs/questions.md"), Path("README.md")]
+DOCUMENTS = [Path("docs/benchmarks.md"), Path("docs/questions.md"), Path("docs/faults.md"), Path("README.md")]
 SIGNED = ("difference/", "auc_difference/")
 RATIOS = ("speedup/", "cost_")
 

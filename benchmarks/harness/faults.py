@@ -1,6 +1,7 @@
 """What each fault cost, as the fault tests measured it: results/faults.json, and the table of docs/faults.md.
 
     FAULTS=benchmarks/results/faults.json python -m pytest -m "integration or chaos" tests/integration
+    FAULTS=benchmarks/results/faults.json cures bench soak
     cures bench tables
 
 A test that measures a fault calls ``record_fault``; without FAULTS in the environment nothing is written. A row is
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.results_file import RESULTS, commit, machine
+from benchmarks.harness.results_file import RESULTS, commit, machine, running_command
 
 FILE = "faults.json"
 
@@ -53,7 +54,7 @@ def record_fault(fault: str, what: str, seconds: float | None, *, rollouts: int 
         "rollouts": rollouts,
     }
     row |= {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="minutes")}
-    row["test"] = os.environ.get("PYTEST_CURRENT_TEST", "").split(" ")[0]
+    row["source"] = os.environ.get("PYTEST_CURRENT_TEST", running_command()).split(" (")[0]
     result["rows"][fault] = row
     path.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -8,8 +8,8 @@ at times that do not look at what the run is doing. In the second nothing is kil
         |--every 5 s: memory, descriptors, object store, journal, GCS--> samples-RUN.jsonl
         '--SIGKILL a role-----------------------------------------------> kills.jsonl
 
-Results: benchmarks/results/soak.json and soak.png. ``--minutes`` stops in order after that time; the same command goes
-on from there.
+Results: benchmarks/results/soak.json and docs/soak.png. ``--minutes`` stops in order after that time; the same command
+goes on from there.
 """
 
 from __future__ import annotations
@@ -150,8 +150,9 @@ def watch(
             "held": memory(seen),
             "store": stored_bytes(session) if session else None,
             "task_events": task_events(session) if session else None,
-            "journal": folder_bytes(run_dir / "ledger") - _size(run_dir / "ledger" / "history.jsonl"),
-            "shm": folder_bytes(Path("/dev/shm")),
+            "journal_bytes": folder_bytes(run_dir / "ledger", "journal-*", "snapshot-*/*"),
+            "lease_log_bytes": folder_bytes(run_dir / "ledger", "leases-*"),
+            "shm": folder_bytes(Path("/dev/shm"), "*", "*/*"),
         }
         _append(folder / f"samples-{name}.jsonl", sample)
         if (
@@ -168,10 +169,6 @@ def latest(run_dir: Path) -> int | None:
     return steps[-1] if steps else None
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
 def _append(path: Path, record: dict[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -184,6 +181,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--interval", type=float, default=45.0, help="mean seconds between two kills")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop in order after so long; repeat to go on")
+    parser.add_argument("--run", choices=["killed", "peace"], help="only this one, without a report")
     parser.add_argument("--report", action="store_true", help="write the result of what has run so far")
     args = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * args.minutes
@@ -191,11 +189,12 @@ def main(argv: list[str]) -> int:
     if not (args.dir / "base" / "summary.json").exists():
         prepare(["--out", str(args.dir / "base"), "--task", "chain", "--seed", "0", "--eval-prompts", "400"])
     for name, mean_s in (("killed", args.interval), ("peace", None)):
-        if args.report:
+        if args.report or args.run not in (None, name):
             continue
         print(f"{name}: from step {latest(args.dir / name) or 0} of {args.steps}", flush=True)
         if not run_until(args.dir, name, args.steps, mean_s, deadline):
             print(f"{name}: stopped at step {latest(args.dir / name)}; the same command goes on", flush=True)
             return 3
-    report(args.dir, args.interval)
+    if args.run is None:
+        report(args.dir)
     return 0

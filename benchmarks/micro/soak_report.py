@@ -1,44 +1,62 @@
 """The result of ``cures bench soak``: does anything grow, what does a kill cost, is the accuracy the same?
 
-Growth of a process is the slope of its own memory (or descriptors) over its life, without its first 90 s (GCS: 300 s)
-in which it starts; of a role the mean over its processes, weighted by the time that they were watched.
+Growth of a process is the slope of its own memory (or descriptors) over its life, without its first 90 s (see
+STARTING_S) in which it starts; of a role the mean over its processes, weighted by the time that they were watched.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from itertools import zip_longest
+from collections.abc import Sequence
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness.faults import seconds_lost
-from benchmarks.harness.results_file import RESULTS, write_result
+from benchmarks.harness.faults import record_fault, seconds_lost
+from benchmarks.harness.results_file import ROOT, write_result
 from benchmarks.micro.soak_watch import logged, trained
 
-STARTING_S = {"GCS": 300.0}  # in which its store of task events fills up
+STARTING_S = {"GCS": 300.0, "engine": 240.0}  # in which task events, and the pool of the key-value cache, fill up
 OTHERS_START_S = 90.0
-WATCHED_S = 120.0  # a process that was watched for less says nothing about growth
+WATCHED_S = 80.0  # a process that was watched for less says nothing about growth
 LAST = 5  # evaluations that make the final accuracy
+PIECE_S = 200.0  # between two kills: the soak was stopped meanwhile
 SERIES = 120  # points a curve of the result file
+PICTURE = ROOT / "docs" / "soak.png"
+COUNTS = ("store", "journal_bytes", "lease_log_bytes", "task_events")
+WHAT = {  # victim -> its row in the table of faults: order, fault, what happens
+    "generator": (10, "a generator is killed", "a replacement loads the weights; its leases are generated again"),
+    "engine": (11, "a generator's engine is killed", "its actor ends too and is replaced, as above"),
+    "verifier": (20, "a verifier is killed", "Ray starts it again; its rollouts are verified again, elsewhere"),
+    "learner": (30, "a learner rank is killed", "the group starts again from the newest checkpoint; generators stay"),
+    "ledger": (40, "the ledger is killed", "it comes back from its journal with the same counts; calls are repeated"),
+}
 RUNS = {"killed": "with kills", "peace": "without"}
 
 
-def report(folder: Path, mean_s: float) -> None:
-    """Write benchmarks/results/soak.json and soak.png from what lies in ``folder``."""
+def report(folder: Path) -> None:
+    """Write benchmarks/results/soak.json and docs/soak.png from what lies in ``folder``."""
     runs = {name: figures_of(folder, name) for name in RUNS if (folder / name / "metrics.jsonl").exists()}
-    figures: dict[str, Any] = {"mean_seconds_between_kills": mean_s}
+    figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for name, (numbers, series) in runs.items():
         figures |= {f"{name}/{key}": value for key, value in numbers.items()}
         rows += [{"run": name, **point} for point in series]
     if len(runs) == len(RUNS):
-        a, b = ([p["accuracy"] for p in series if "accuracy" in p][-LAST:] for _, series in runs.values())
-        figures["accuracy_difference"] = round(float(np.mean(a) - np.mean(b)), 4)
+        a, b = ({p["step"]: p["accuracy"] for p in series if "accuracy" in p} for _, series in runs.values())
+        both = sorted(a.keys() & b.keys())[-LAST:]
+        figures["accuracy_of_both/steps"] = both
+        figures["accuracy_of_both/killed"], figures["accuracy_of_both/peace"] = (
+            round(float(np.mean([accuracy[s] for s in both])), 4) for accuracy in (a, b)
+        )
+        figures["accuracy_of_both/difference_each"] = [round(a[s] - b[s], 4) for s in both]
     write_result("soak", figures, rows)
-    draw(rows, RESULTS / "soak.png")
+    starts = _starts(_lines(folder / "samples-killed.jsonl"))
+    record_recovery(folder / "killed", _lines(folder / "kills-killed.jsonl"), starts)
+    draw(rows, PICTURE)
     for key, value in figures.items():
         print(f"{key:<48} {value}")
 
@@ -50,9 +68,13 @@ def figures_of(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, 
     samples = _lines(folder / f"samples-{name}.jsonl")
     kills = _lines(folder / f"kills-{name}.jsonl")
     pace = float(np.median([s["time/step_s"] for s in steps]))
-    numbers: dict[str, Any] = {"steps": len(steps), "seconds_a_step": round(pace, 3), "starts": _starts(samples)}
+    starts = _starts(samples)
+    numbers: dict[str, Any] = {"steps": len(steps), "seconds_a_step": round(pace, 3), "starts": len(starts)}
+    if len(kills) > 1:
+        gaps = [b["time"] - a["time"] for a, b in pairwise(kills) if b["time"] - a["time"] < PIECE_S]
+        numbers["seconds_between_kills"] = round(float(np.mean(gaps)), 1)
     numbers |= {f"kills/{role}": count for role, count in sorted(Counter(k["role"] for k in kills).items())}
-    for role, seconds in sorted(recovery(run_dir, kills).items()):
+    for role, seconds in sorted(recovery(run_dir, kills, starts).items()):
         numbers[f"seconds_lost/{role}"] = [round(float(q), 1) for q in np.quantile(seconds, [0.1, 0.5, 0.9])]
     last = steps[-1]
     numbers |= {key: last[f"accounting/{key}"] for key in ("planned", "trained", "discarded", "in_flight")}
@@ -62,8 +84,8 @@ def figures_of(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, 
         numbers[f"growth/{role}/MiB_per_1000_steps"] = round(mib, 2)
         numbers[f"growth/{role}/descriptors_per_1000_steps"] = round(descriptors, 2)
         numbers[f"growth/{role}/hours_watched"] = round(hours, 2)
-    for key in ("store", "journal", "task_events"):
-        values = [s[key] for s in samples if s[key] is not None]
+    for key in COUNTS:
+        values = [s[key] for s in samples if s.get(key) is not None]
         if values:
             half = len(values) // 2
             numbers[f"{key}/most_in_first_half"], numbers[f"{key}/most_in_second_half"] = (
@@ -100,20 +122,30 @@ def growth(samples: list[dict[str, Any]], pace: float) -> dict[str, tuple[float,
     return result
 
 
-def recovery(run_dir: Path, kills: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """role -> seconds that each kill cost. Those with another one before the run was further are left out."""
+def recovery(run_dir: Path, kills: list[dict[str, Any]], starts: Sequence[float] = ()) -> dict[str, list[float]]:
+    """role -> seconds that each kill cost. Those with another one, or one of the run's ``starts``, before the
+    run was further are left out."""
     again = [r for r in _lines(run_dir / "metrics-lost.jsonl") if "rollout/reward" in r]
     steps = sorted([*trained(run_dir), *again], key=lambda r: r["time"])
     seconds: dict[str, list[float]] = defaultdict(list)
     for kill, following in zip_longest(kills, kills[1:]):
         lost = seconds_lost(steps, kill["time"])
-        if lost is not None and (following is None or kill["time"] + lost < following["time"]):
+        others = [*starts, following["time"]] if following else list(starts)
+        if lost is not None and not any(kill["time"] < other < kill["time"] + lost for other in others):
             seconds[kill["role"]].append(lost)
     return dict(seconds)
 
 
-def _starts(samples: list[dict[str, Any]]) -> int:
-    return len({s["piece"] for s in samples})
+def record_recovery(run_dir: Path, kills: list[dict[str, Any]], starts: Sequence[float] = ()) -> None:
+    """The median cost of each victim into the table of faults (harness/faults.py), if the environment asks for it."""
+    for role, seconds in recovery(run_dir, kills, starts).items():
+        order, fault, what = WHAT[role]
+        count = f"{len(seconds)} kills" if len(seconds) > 1 else "1 kill"
+        record_fault(fault, f"{what} (median of {count})", float(np.median(seconds)), order=order)
+
+
+def _starts(samples: list[dict[str, Any]]) -> list[float]:
+    return sorted({s["piece"] for s in samples})
 
 
 def _thinned(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -122,7 +154,7 @@ def _thinned(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     points = []
     for s in began[:: max(1, -(-len(began) // SERIES))]:
         mib = {role: round(sum(m for m, _ in held.values()), 1) for role, held in s["held"].items()}
-        points.append({"step": s["step"], "MiB": mib} | {k: s[k] for k in ("store", "journal", "task_events")})
+        points.append({"step": s["step"], "MiB": mib} | {k: s[k] for k in COUNTS if k in s})
     return points
 
 

@@ -82,9 +82,10 @@ def task_events(session: Path) -> int | None:
     return int(found[-1]) if found else None
 
 
-def folder_bytes(folder: Path) -> int:
+def folder_bytes(folder: Path, *patterns: str) -> int:
+    """Of the files in ``folder`` that fit one of ``patterns``."""
     total = 0
-    for path in folder.rglob("*"):
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
         with suppress(OSError):  # written and removed meanwhile
             total += path.stat().st_size if path.is_file() else 0
     return total

@@ -15,7 +15,7 @@ its number (its answer was lost) gets the same leases again.
     RUN/ledger/session               the start of the run that may write here
 
 After ``curriculum.snapshot_every`` commits a snapshot begins a new journal and the generation before the last one is
-removed, so the folder does not grow with the run (but for the history).
+removed, so the folder does not grow with the run, but for the history and the lease log (some 105 bytes a lease).
 """
 
 from __future__ import annotations

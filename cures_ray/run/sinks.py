@@ -121,7 +121,9 @@ class JsonLines:
         self._file = path.open("a")
 
     def step(self, step: int, metrics: Metrics, histograms: dict[str, np.ndarray]) -> None:
-        if (step, "rollout/reward" in metrics) not in self._written:
+        key = (step, "rollout/reward" in metrics)
+        if key not in self._written:
+            self._written.add(key)
             self._line({"step": step, "time": time.time(), **_plain(metrics)})
 
     def note(self, text: str) -> None:

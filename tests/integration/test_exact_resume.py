@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 from dying_run import PHASES
-from test_full_run import base, records, small_run  # noqa: F401
+from test_full_run import records, small_run
 
 from actors.cluster.launch import train
 from benchmarks.harness.faults import record_fault
@@ -27,10 +27,11 @@ STEPS = 6
 STATE = ("learner/rank-0.safetensors", "learner/model/model.safetensors", "ledger/state.safetensors")
 
 
-def exact_run(base, run_dir) -> Config:  # noqa: F811
+def exact_run(base, run_dir, generators: int) -> Config:
     return small_run(
         base,
         run_dir,
+        rollout={"num_generators": generators},
         async_rl={"max_staleness": 0},
         curriculum={"prompts_per_step": 32, "rollouts_per_step": 48},
         eval={"interval": 2},
@@ -100,8 +101,8 @@ def resume(config: Config) -> None:
     record_fault("the whole run is killed", what, first - began - steps[-1]["time/step_s"], order=60)
 
 
-def test_a_run_killed_in_the_learner_step_resumes_to_the_same_bits(base, tmp_path, ray_session):  # noqa: F811
-    reference, killed = exact_run(base, tmp_path / "reference"), exact_run(base, tmp_path / "killed")
+def test_a_run_killed_in_the_learner_step_resumes_to_the_same_bits(base, tmp_path, ray_session):
+    reference, killed = exact_run(base, tmp_path / "reference", 1), exact_run(base, tmp_path / "killed", 1)
     dying = launched(killed, "learner step", 3)
     train(reference)  # beside it: what else runs on the machine must not matter
     check_death(killed, dying, "learner step", 3)
@@ -110,9 +111,9 @@ def test_a_run_killed_in_the_learner_step_resumes_to_the_same_bits(base, tmp_pat
 
 
 @pytest.mark.chaos
-def test_a_run_killed_in_each_phase_in_turn_resumes_to_the_same_bits(base, tmp_path, ray_session):  # noqa: F811
-    """Six deaths of one run, the k-th at version k or later."""
-    reference, killed = exact_run(base, tmp_path / "reference"), exact_run(base, tmp_path / "killed")
+def test_a_run_killed_in_each_phase_in_turn_resumes_to_the_same_bits(base, tmp_path, ray_session):
+    """Six deaths of one run. Either of its two engines may get the batch."""
+    reference, killed = exact_run(base, tmp_path / "reference", 2), exact_run(base, tmp_path / "killed", 2)
     train(reference)
     for phase, version in zip(PHASES, (1, 2, 2, 3, 4, 4), strict=True):
         check_death(killed, launched(killed, phase, version), phase, version)

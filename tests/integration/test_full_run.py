@@ -20,17 +20,8 @@ from actors.commands.cli import main as cures
 from cures_ray.config import Config
 from cures_ray.messages import ConfigError
 from cures_ray.run.checkpoint import CheckpointStore, step_of
-from cures_ray.synthetic.base_model import main as prepare
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    arguments = ["--out", str(folder), "--seed", "0", "--prompts", "128", "--eval-prompts", "24", "--sft-steps", "60"]
-    assert prepare(arguments) == 0
-    return folder
 
 
 def small_run(base, run_dir, **sections) -> Config:

@@ -96,7 +96,9 @@ class World:
             ray.remote(Adjustable)
             .options(num_cpus=1, max_concurrency=1000)
             .remote(f"generator-{i}", settings, self.current[i].name_or_path, one_prompt())
-            for i, settings in enumerate([small(rollout), small(second, in_flight_updates=False)])
+            for i, settings in enumerate(
+                [small(rollout, max_staleness=0), small(second, in_flight_updates=False, max_staleness=1)]
+            )
         ]
         self.start_seconds = ray.get([h.start.remote() for h in self.handles])
 
@@ -165,6 +167,26 @@ def test_a_rollout_depends_on_its_seed_and_index_alone(world):
     ray.get([summary for summary, _ in others])
     assert [same(a, b) for a, b in zip(rollouts(four), rollouts(two), strict=False)] == [True, True]
     assert len({r.token_ids.tobytes() for r in (*rollouts(four), *rollouts(neighbour))}) == 8
+
+
+def collected(world, chunks: list[LeaseChunk]) -> dict[int, list]:
+    """Rollouts by lease, of chunks that are submitted one after the other."""
+    for chunk in chunks:
+        ray.get(world.handles[0].submit.remote(chunk))
+    found: dict[int, list] = {}
+    while len(found) < sum(len(chunk) for chunk in chunks):
+        summary, group = ray.get(list(world.handles[0].collect.options(num_returns=2).remote()))
+        rows = iter(rollouts(group))
+        found |= {lease: [next(rows) for _ in range(n)] for lease, n in zip(summary.lease_id, summary.n, strict=True)}
+    return found
+
+
+def test_in_synchronous_training_the_same_chunk_gives_the_same_bits(world):
+    """Requests that share a step of the engine change each other's rounding: those of a chunk start together."""
+    seeds = list(range(40))
+    whole, again = (collected(world, [leases([2] * 40, seeds)]) for _ in range(2))
+    pairs = [pair for s in seeds for pair in zip(whole[s], again[s], strict=True)]
+    assert len(pairs) == 80 and all(same(a, b) and np.array_equal(a.logprobs, b.logprobs) for a, b in pairs)
 
 
 def test_the_summary_tells_what_the_payload_holds(world):

@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 import yaml
-from test_full_run import _safely, base, records, small_run  # noqa: F401
+from test_full_run import _safely, records, small_run
 
 from actors.cluster.launch import train
 from benchmarks.harness.faults import record_fault, seconds_lost
@@ -88,7 +88,7 @@ def notes_of(run_dir) -> list[str]:
     return [r["note"] for r in records(run_dir) if "note" in r]
 
 
-def test_a_hung_engine_is_found_and_replaced_while_the_other_generator_works_on(base, tmp_path, ray_session):  # noqa: F811
+def test_a_hung_engine_is_found_and_replaced_while_the_other_generator_works_on(base, tmp_path, ray_session):
     run_dir = tmp_path / "run"
 
     def hang():
@@ -111,7 +111,7 @@ def test_a_hung_engine_is_found_and_replaced_while_the_other_generator_works_on(
     record_fault("an engine hangs", what, seconds_lost(trained_steps(log), story.at[0]), order=12)
 
 
-def test_a_dead_learner_rank_starts_again_from_the_newest_checkpoint(base, tmp_path, ray_session):  # noqa: F811
+def test_a_dead_learner_rank_starts_again_from_the_newest_checkpoint(base, tmp_path, ray_session):
     run_dir = tmp_path / "run"
 
     def kill():
@@ -128,7 +128,7 @@ def test_a_dead_learner_rank_starts_again_from_the_newest_checkpoint(base, tmp_p
     summary.accounting.check()
 
 
-def started(base, run_dir, tmp_path) -> subprocess.Popen:  # noqa: F811
+def started(base, run_dir, tmp_path) -> subprocess.Popen:
     config = small_run(base, run_dir, trainer={"steps": 10**6}).model_dump(mode="json", exclude_unset=True)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -157,7 +157,7 @@ def wait_until(process: subprocess.Popen, holds, seconds: float = 200) -> None:
         time.sleep(0.1)
 
 
-def test_sigterm_in_start_up_ends_in_order(base, tmp_path):  # noqa: F811
+def test_sigterm_in_start_up_ends_in_order(base, tmp_path):
     process = started(base, tmp_path / "run", tmp_path)
     wait_until(process, (tmp_path / "run" / "metrics.jsonl").exists)  # Ray is up, the actors start
     process.send_signal(signal.SIGTERM)
@@ -166,7 +166,7 @@ def test_sigterm_in_start_up_ends_in_order(base, tmp_path):  # noqa: F811
     assert code == 130 and "interrupted" in output and "SIGABRT" not in output, (code, output[-2000:])
 
 
-def test_one_signal_leaves_a_checkpoint_and_a_second_one_ends_at_once(base, tmp_path):  # noqa: F811
+def test_one_signal_leaves_a_checkpoint_and_a_second_one_ends_at_once(base, tmp_path):
     run_dir = tmp_path / "run"
     process = started(base, run_dir, tmp_path)
     wait_until(process, lambda: trained(1)(_safely(run_dir)))

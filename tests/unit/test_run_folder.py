@@ -15,7 +15,7 @@ from cures_ray.messages import ConfigError
 from cures_ray.run.checkpoint import CheckpointStore
 from cures_ray.run.folder import claim
 from cures_ray.run.health import read_records
-from cures_ray.run.sinks import RunLog
+from cures_ray.run.sinks import JsonLines, RunLog
 
 
 def config(folder, **checkpoint):
@@ -151,3 +151,20 @@ def test_a_damaged_record_of_the_run_is_explained(tmp_path):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(ConfigError, match=r"run\.json is damaged"):
             claim(tmp_path, config(tmp_path))
+
+
+def test_what_a_restarted_learner_makes_again_is_in_the_log_once(tmp_path):
+    log = JsonLines(tmp_path / "metrics.jsonl")
+    for number in (1, 2, 3, 4):
+        log.step(number, {"rollout/reward": 0.1}, {})
+        if number == 2:
+            log.step(2, {"eval/greedy_accuracy": 0.5}, {})
+    log.rewind(2)
+    log.step(2, {"eval/greedy_accuracy": 0.5}, {})  # the version that it goes on from is evaluated again
+    for number in (3, 4):
+        log.step(number, {"rollout/reward": 0.2}, {})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r.get("rollout/reward")) for r in lines] == [(1, 0.1), (2, 0.1), (2, None), (3, 0.2), (4, 0.2)]
+    lost = [json.loads(line)["step"] for line in (tmp_path / "metrics-lost.jsonl").read_text().splitlines()]
+    assert lost == [3, 4]

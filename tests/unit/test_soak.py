@@ -67,6 +67,7 @@ def test_a_kill_with_another_one_before_the_run_was_further_says_nothing(tmp_pat
         {"time": 35.0, "role": "verifier", "step": 4},
     ]
     assert recovery(tmp_path, kills) == {"ledger": [19.0], "verifier": [9.0]}
+    assert recovery(tmp_path, kills, starts=[0.0, 40.0]) == {"ledger": [19.0]}, "the run was stopped meanwhile"
 
 
 def test_the_table_of_faults_is_what_the_tests_recorded(tmp_path, monkeypatch):
@@ -84,7 +85,7 @@ def test_the_table_of_faults_is_what_the_tests_recorded(tmp_path, monkeypatch):
     ]
     assert text.startswith("a\n") and text.endswith("b\n") and "old" not in text
     row = json.loads((tmp_path / "faults.json").read_text())["rows"]["the ledger is killed"]
-    assert row["test"].endswith("recorded") and row["commit"] and row["date"]
+    assert row["source"].endswith("recorded") and row["commit"] and row["date"]
 
 
 def test_the_picture_is_drawn_from_the_rows(tmp_path):
