@@ -72,23 +72,23 @@ class Membership:
     async def _leave(self, name: str, slot: Slot, seconds: float) -> None:
         left = "without a deadline" if seconds == float("inf") else f"{max(seconds, 0):.0f} s left"
         self._note(f"generator {name}: its node is drained, {left}")
-        leases_end = self.config.rollout.timeout_s + GRACE_S
-        deadline = time.monotonic() + min(seconds - NOTICE_S, leases_end)
+        node_ends = time.monotonic() + seconds - NOTICE_S
         try:
-            if await self._spared(slot, deadline, forever=seconds == float("inf")):
-                await self._finish(name, slot, deadline)
+            if await self._spared(slot):
+                await self._finish(name, slot, node_ends)
         finally:
             self._asked.discard(name)
 
-    async def _spared(self, slot: Slot, deadline: float, *, forever: bool) -> bool:
-        """Wait until the run has enough generators without this one; False: it works on until its node is gone."""
-        while self.generation.staying <= self.config.rollout.min_generators:
-            if slot.lost or (time.monotonic() > deadline and not forever):
-                return False
+    async def _spared(self, slot: Slot) -> bool:
+        """Wait until the run has enough generators without this one; False: it worked until its node was gone."""
+        while not slot.lost:
+            if self.generation.staying > self.config.rollout.min_generators:
+                return True
             await asyncio.sleep(LOOK_S)
-        return not slot.lost
+        return False
 
-    async def _finish(self, name: str, slot: Slot, deadline: float) -> None:
+    async def _finish(self, name: str, slot: Slot, node_ends: float) -> None:
+        deadline = min(node_ends, time.monotonic() + self.config.rollout.timeout_s + GRACE_S)
         slot.leaving = True
         slot.wake.set()
         while slot.in_flight and not slot.lost and time.monotonic() < deadline:
