@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from actors.cluster.adapters import MARGIN_S, answer
 from actors.cluster.places import Options, Places
@@ -138,7 +138,7 @@ class RayFleet:
                 except NoRoom as error:
                     self._places.free(name)
                     raise Retired(f"{name} was lost ({why}): {error}; one joins when there is room") from error
-                except WorkerLost as error:
+                except (WorkerLost, RayTaskError) as error:  # also what its start raised: it had started once
                     why = str(error)
                     self._note(f"{name} did not start again ({why}); next attempt in {delay:.0f} s")
                     await asyncio.sleep(delay)
@@ -164,7 +164,7 @@ class RayFleet:
             return await self._add(name, 0.0)
         except NoRoom:
             return None
-        except WorkerLost as error:
+        except (WorkerLost, RayTaskError) as error:  # the run goes on as it was
             self._note(f"{name} did not start: {error}")
             self._failed(name)
             await asyncio.sleep(BACKOFF_S)

@@ -109,7 +109,8 @@ def choose(
     Args:
         free: resources of each node.
         used: node -> bundles of this role that it has.
-        together: bundles that are still to be placed, this one too; with STRICT_PACK all of them on one node.
+        together: bundles that are still to be placed, this one too; PACK prefers a node for all of them, and STRICT_PACK
+            takes no other.
     """
 
     def fits(i: int) -> bool:
@@ -119,8 +120,12 @@ def choose(
             return False
         return _times(bundle, free[i]) >= (together if strategy == "STRICT_PACK" else 1)
 
-    towards = 1 if strategy.endswith("SPREAD") else -1
-    return min(filter(fits, range(len(free))), key=lambda i: towards * used.get(i, 0), default=None)
+    def order(i: int) -> tuple[int, bool]:
+        if strategy.endswith("SPREAD"):
+            return used.get(i, 0), False
+        return -used.get(i, 0), _times(bundle, free[i]) < together
+
+    return min(filter(fits, range(len(free))), key=order, default=None)
 
 
 def _times(bundle: dict[str, float], free: Mapping[str, float]) -> float:

@@ -165,7 +165,6 @@ def test_generators_join_leave_and_are_lost_with_their_nodes_while_the_run_train
     summary.accounting.check()
     accounted = summary.accounting.trained + sum(summary.accounting.discarded.values()) + summary.accounting.in_flight
     assert accounted == summary.accounting.planned
-    assert not cluster.engine.alive or cluster.engine.process.poll() is None
 
 
 def play_slowly(run_dir, story, told: list) -> threading.Thread:

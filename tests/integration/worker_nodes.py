@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import psutil
 import ray
+from ray._private.state import state
 
 
 class WorkerNode:
@@ -52,9 +53,12 @@ class WorkerNode:
 
     def preempt(self) -> bool:
         """SIGTERM to ``ray start``, as Kubernetes sends it: the node drains for RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
-        and then ends."""
+        and then ends. True once Ray says that it drains."""
         self.process.terminate()
-        return True
+        deadline = time.monotonic() + 30
+        while self.id not in state.get_draining_nodes() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return self.id in state.get_draining_nodes()
 
     def end(self) -> None:
         if self.process.poll() is None:

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from ray.exceptions import RayTaskError
 
 import actors.cluster.fleet as fleet_module
 from actors.cluster.fleet import RayFleet
@@ -198,6 +199,20 @@ async def test_one_that_joins_and_fails_again_and_again_is_given_up(monkeypatch)
     for _ in range(2):
         assert (await fleet.survey()).room and await fleet.join() is None
     assert not (await fleet.survey()).room and len(notes) == 2 and fleet.places.free_rooms == 1
+
+
+async def test_what_a_start_raises_ends_no_run_that_goes_on_already(monkeypatch):
+    fleet, _, notes = make(monkeypatch, rooms=2, max_generators=2, max_restarts=1)
+    await fleet.launch()
+
+    async def raises(ref, who, timeout_s):
+        raise RayTaskError("start", "torch.OutOfMemoryError: CUDA out of memory", RuntimeError("CUDA out of memory"))
+
+    monkeypatch.setattr(fleet_module, "answer", raises)
+    assert await fleet.join() is None
+    with pytest.raises(Retired):
+        await fleet.replace("generator-0", "killed")
+    assert len(notes) == 2 and all("CUDA out of memory" in note for note in notes)
 
 
 async def test_a_node_without_the_runs_files_is_said_and_another_is_taken(monkeypatch):

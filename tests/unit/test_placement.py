@@ -70,7 +70,7 @@ NODES = [{"CPU": 1.0}, {"CPU": 3.0}, {"CPU": 2.0}]
 @pytest.mark.parametrize(
     ("strategy", "expected"),
     [
-        ("PACK", [0, 1, 1, 1, 2, 2, None]),
+        ("PACK", [1, 1, 1, 0, 2, 2, None]),
         ("SPREAD", [0, 1, 2, 1, 2, 1, None]),
         ("STRICT_PACK", [1, 1, 1, None]),
         ("STRICT_SPREAD", [0, 1, 2, None]),
