@@ -109,7 +109,7 @@ def choose(
     Args:
         free: resources of each node.
         used: node -> bundles of this role that it has.
-        together: bundles that are still to be placed, this one too; PACK prefers a node for all of them, and STRICT_PACK
+        together: bundles that are still to be placed, this one too; PACK prefers a node for all of them, STRICT_PACK
             takes no other.
     """
 
