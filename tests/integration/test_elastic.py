@@ -3,9 +3,6 @@
 Every test asserts that its faults happened.
 """
 
-import os
-import signal
-import threading
 import time
 from collections import Counter
 
@@ -14,13 +11,14 @@ import psutil
 import pytest
 import ray
 from clusters import head_node
-from test_full_run import _safely, records, small_run
-from test_system_faults import interrupt, noted, notes_of, steps_of, trained
+from test_full_run import records, small_run
+from test_system_faults import interrupt, noted, notes_of, play, steps_of, trained, trained_steps
 from worker_nodes import WorkerNode
 
 from actors.cluster.adapters import answer
 from actors.cluster.launch import train
 from actors.cluster.placement import Placement
+from benchmarks.harness.faults import record_fault, seconds_lost
 from cures_ray.config import Config
 from cures_ray.loop.ports import WorkerLost
 from cures_ray.messages import ConfigError
@@ -121,13 +119,14 @@ def base(tmp_path_factory):
 def test_generators_join_leave_and_are_lost_with_their_nodes_while_the_run_trains(cluster, base, tmp_path):
     """One run: a node appears and a generator joins; that node is lost with a spare one at hand, then the spare one
     too with none at hand; the last generator's node is given notice, and it works on until another has joined."""
-    run_dir, nodes, told = tmp_path / "run", {}, []
+    run_dir, nodes = tmp_path / "run", {}
 
     def add(name: str) -> str:
         nodes[name] = cluster({"engine": 1}).joined()
         return f"{name} joined"
 
-    story = [
+    story = play(
+        run_dir,
         (trained(2), lambda: add("second")),
         (noted("generator-1 joined after", 2), lambda: add("spare")),
         (noted("generator-1 joined after", 3), lambda: nodes["second"].lose()),
@@ -135,8 +134,7 @@ def test_generators_join_leave_and_are_lost_with_their_nodes_while_the_run_train
         (noted("no node had room for it", 2), cluster.engine.preempt),
         (noted("generator generator-0: its node is drained", 2), lambda: add("last")),
         (noted("generator generator-0 left", 2), interrupt),
-    ]
-    thread = play_slowly(run_dir, story, told)
+    )
     config = small_run(
         base,
         run_dir,
@@ -152,9 +150,8 @@ def test_generators_join_leave_and_are_lost_with_their_nodes_while_the_run_train
         trainer={"steps": 10**6},
     )
     summary = train(config)
-    thread.join(timeout=5)
     notes = notes_of(run_dir)
-    assert len(told) == len(story) and all(told), f"not all happened: {told}, {notes}"
+    assert len(story.done) == 7 and all(story.done), f"not all happened: {story.done}, {notes}"
     steps = [r for r in records(run_dir) if "rollout/reward" in r]
     assert steps_of(run_dir) == list(range(1, summary.interrupted_at + 1)), "every step once"
     assert all(r["weights/canary_max_error"] < 1e-3 and r["staleness/max"] <= 1 for r in steps)
@@ -165,21 +162,14 @@ def test_generators_join_leave_and_are_lost_with_their_nodes_while_the_run_train
     summary.accounting.check()
     accounted = summary.accounting.trained + sum(summary.accounting.discarded.values()) + summary.accounting.in_flight
     assert accounted == summary.accounting.planned
-
-
-def play_slowly(run_dir, story, told: list) -> threading.Thread:
-    """As ``play``, with a deadline for each act; when one does not come the run is interrupted."""
-
-    def work():
-        for holds, act in story:
-            deadline = time.monotonic() + 150
-            while not holds(_safely(run_dir)):
-                if time.monotonic() > deadline:
-                    os.kill(os.getpid(), signal.SIGINT)
-                    return
-                time.sleep(0.1)
-            told.append(act())
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
+    for i, fault, what, order in (
+        (2, "a generator's node is lost, another has room", "the generator starts again there; the others work on", 13),
+        (3, "a generator's node is lost, none has room", "the run goes on with the others; one joins with a node", 14),
+        (
+            4,
+            "a generator's node is drained",
+            "it leaves when another has joined, its leases finished or given back",
+            15,
+        ),
+    ):
+        record_fault(fault, what, seconds_lost(trained_steps(records(run_dir)), story.at[i]), order=order)
