@@ -34,11 +34,7 @@ def cluster():
     used = psutil.virtual_memory()
     limit = (used.total - used.available + ROOM_GIB * 2**30) / used.total
     nodes: list[WorkerNode] = []
-    settings = {
-        "health_check_initial_delay_ms": 500,
-        "health_check_period_ms": 500,
-        "health_check_failure_threshold": 3,
-    }
+    settings = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}  # a lost node is found in seconds
     with head_node(cpus=4, system_config=settings) as head:
 
         def add(resources: dict, **env: str) -> WorkerNode:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 
@@ -24,8 +25,9 @@ class WorkerNode:
             *("--num-cpus", str(cpus), "--object-store-memory", str(100 << 20)),
             *("--resources", json.dumps(resources | mark)),
         ]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, env=os.environ | env, start_new_session=True, **quiet)
+        self.output = tempfile.TemporaryFile("w+")
+        told = {"stdout": self.output, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(command, env=os.environ | env, start_new_session=True, **told)
 
     @property
     def alive(self) -> bool:
@@ -38,9 +40,13 @@ class WorkerNode:
     def joined(self) -> "WorkerNode":
         deadline = time.monotonic() + 90
         while not self.alive:
-            assert time.monotonic() < deadline and self.process.poll() is None, "the node did not join"
+            assert time.monotonic() < deadline and self.process.poll() is None, f"it did not join: {self.said()}"
             time.sleep(0.3)
         return self
+
+    def said(self) -> str:
+        self.output.seek(0)
+        return f"exit code {self.process.poll()}, {self.output.read()[-3000:]}"
 
     def lose(self) -> bool:
         """Everything on it ends at once, as on a machine without power."""
