@@ -25,7 +25,7 @@ class WorkerNode:
             *("--num-cpus", str(cpus), "--object-store-memory", str(100 << 20)),
             *("--resources", json.dumps(resources | mark)),
         ]
-        self.output = tempfile.TemporaryFile("w+")
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         told = {"stdout": self.output, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen(command, env=os.environ | env, start_new_session=True, **told)
 
