@@ -20,6 +20,8 @@ def head_node(
 ) -> Iterator[Cluster]:
     """A node with the custom resource "first"; this process is connected to it."""
     os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests/integration'}:{os.environ.get('PYTHONPATH', '')}"
+    mode = os.environ.get("RAY_AUTH_MODE")
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # a token of this process or this user: some nodes would ask for it
     folder = tempfile.mkdtemp(prefix="cr", dir="/tmp")  # short: sockets' paths are at most 107 characters long
     cluster = Cluster(
         initialize_head=True,
@@ -39,6 +41,9 @@ def head_node(
         ray.shutdown()
         cluster.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+        os.environ.pop("RAY_AUTH_MODE")
+        if mode is not None:
+            os.environ["RAY_AUTH_MODE"] = mode
 
 
 @contextmanager
