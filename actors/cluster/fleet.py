@@ -110,6 +110,7 @@ class RayFleet:
             self._note(f"a generator did not start: {failure}")
         for name in set(names) - set(self.members):
             self._failed(name)
+            self._settle(name)
         if len(self.members) < self.rollout.min_generators:
             raise RunError(
                 f"{len(self.members)} of {len(names)} generators started, rollout.min_generators is "
@@ -127,7 +128,7 @@ class RayFleet:
         try:
             while True:
                 if self._used_up(name):
-                    self._retire(name)
+                    self._retired.add(name)
                     raise Retired(
                         f"{name} was lost ({why}) and is retired: its rollout.max_restarts = "
                         f"{self.rollout.max_restarts} starts within {FORGIVEN_S / 60:.0f} minutes are used up"
@@ -136,7 +137,6 @@ class RayFleet:
                 try:
                     return await self._add(name, self._patience_s)
                 except NoRoom as error:
-                    self._places.free(name)
                     raise Retired(f"{name} was lost ({why}): {error}; one joins when there is room") from error
                 except (WorkerLost, RayTaskError) as error:  # also what its start raised: it had started once
                     why = str(error)
@@ -144,7 +144,7 @@ class RayFleet:
                     await asyncio.sleep(delay)
                     delay = min(2 * delay, 30.0)
         finally:
-            self._starting.discard(name)
+            self._settle(name)
 
     async def survey(self) -> Survey:
         """What Ray says of the nodes; nothing while it cannot be asked."""
@@ -170,14 +170,14 @@ class RayFleet:
             await asyncio.sleep(BACKOFF_S)
             return None
         finally:
-            self._starting.discard(name)
+            self._settle(name)
 
     async def dismiss(self, name: str, *, for_good: bool = False) -> None:
-        if name in self.members:
-            ray.kill(self.members.pop(name).handle)
-        self._places.free(name)
         if for_good:
             self._retired.add(name)
+        if name in self.members:
+            ray.kill(self.members.pop(name).handle)
+            self._places.free(name)
 
     async def reset(self) -> None:
         """Nobody works on anything any more. Who does not answer is found lost later."""
@@ -236,13 +236,14 @@ class RayFleet:
     def _failed(self, name: str) -> None:
         """It did not start; so often, and it is never tried again."""
         self._restarts.setdefault(name, []).append(time.monotonic())
-        self._places.free(name)
         if self._used_up(name):
-            self._retire(name)
+            self._retired.add(name)
 
-    def _retire(self, name: str) -> None:
-        self._retired.add(name)
-        self._places.free(name)
+    def _settle(self, name: str) -> None:
+        """It has started, or leaves its place to others: also when whoever waited for it was cancelled."""
+        self._starting.discard(name)
+        if name not in self.members:
+            self._places.free(name)
 
 
 class NoRoom(WorkerLost):

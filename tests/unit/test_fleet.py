@@ -1,4 +1,4 @@
-"""RayFleet's budget of restarts, with actors replaced by handles that fail to start."""
+"""RayFleet: budget of restarts, joining and leaving, with actors replaced by handles that fail to start."""
 
 import asyncio
 
@@ -237,3 +237,4 @@ async def test_a_start_that_is_cancelled_leaves_no_actor(monkeypatch):
     with pytest.raises(asyncio.CancelledError):
         await joining
     assert starts.killed == 1 and [g.name for g in fleet.generators()] == ["generator-0"]
+    assert (await fleet.survey()).room, "its place is free again"
