@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ def living_nodes() -> dict[str, Node]:
 def reserve(bundle: dict[str, float], node_id: str) -> PlacementGroup | None:
     """A group of one bundle on that very node; None when it has no room after all."""
     pin = [{"ray.io/node-id": node_id}]
-    group = placement_group([bundle], strategy="STRICT_PACK", name="cures-generator", bundle_label_selector=pin)
+    name = f"cures-generator-{uuid.uuid4().hex[:8]}"  # Ray wants each name once
+    group = placement_group([bundle], strategy="STRICT_PACK", name=name, bundle_label_selector=pin)
     if group.wait(RESERVE_S):
         return group
     remove_placement_group(group)
