@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from actors.learner_rank import LearnerRank
 from cures_ray.config import Config
@@ -146,7 +146,7 @@ async def _await(reference: Any) -> Any:
 def _blame(method: str, failures: list[tuple[int, BaseException | None]]) -> Exception:
     """The failure to report: a dead rank, else a RunError, else the first."""
     for rank, error in failures:
-        if isinstance(error, RayActorError):
+        if isinstance(error, RayError) and not isinstance(error, RayTaskError):  # dead, out of memory, node gone
             return LearnerLost(
                 f"learner rank {rank} died during {method} ({' '.join(str(error).split())[-800:]}); start again with "
                 f"checkpoint.resume = auto"

@@ -141,6 +141,18 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def check_elastic(self) -> Config:
+        most, number = self.rollout.max_generators, self.rollout.num_generators
+        if most is not None and most < number:
+            raise ValueError(f"rollout.max_generators = {most} is less than rollout.num_generators = {number}")
+        if most is not None and most > number and self.placement.colocate:
+            raise ValueError(
+                "rollout.max_generators: colocated generators live in the learner's GPUs and none can join; set "
+                "placement.colocate = false, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_batch(self) -> Config:
         """Refuse a batch that no integer allocation can satisfy, with the arithmetic shown."""
         c, a = self.curriculum, self.algo

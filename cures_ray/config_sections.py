@@ -74,7 +74,10 @@ class ModelConfig(Section):
 
 class RolloutConfig(Section):
     num_generators: int = Field(1, ge=1)
-    """vLLM engines, one actor each. Raise it when the learner waits for rollouts."""
+    """vLLM engines that the run starts with, one actor each. Raise it when the learner waits for rollouts."""
+    max_generators: int | None = Field(None, ge=1)
+    """Further engines join up to this number, whenever the cluster has room. None: `num_generators`. Set it where nodes
+    come and go."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs a generator. Raise it when the model does not fit one GPU."""
     temperature: float = Field(1.0, gt=0)
@@ -103,7 +106,8 @@ class RolloutConfig(Section):
     """How long an engine or a learner rank may take to start, seconds. Raise it where the model's first download takes
     longer."""
     min_generators: int = Field(1, ge=1)
-    """With fewer generators the run ends. One that cannot come back is retired, and the others go on."""
+    """With fewer generators the run ends. One that cannot come back is retired, and the others go on. A node that is
+    drained keeps its generator to the end if the run needs it."""
     max_restarts: int = Field(5, ge=0)
     """Of one generator before it is retired. A restart is forgiven after ten minutes."""
     health_timeout_s: float = Field(120.0, gt=0)
@@ -299,7 +303,8 @@ class PlacementConfig(Section):
     verifier_resources: dict[str, float] = {}
     """The same for each verifier actor."""
     timeout_s: float = Field(30.0, gt=0)
-    """How long to wait for the cluster to make room, seconds. Raise it where machines start on demand."""
+    """How long to wait for the cluster to make room, at the start and for a generator whose node is lost, seconds.
+    Raise it where machines start on demand."""
 
 
 class EvalConfig(Section):

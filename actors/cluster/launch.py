@@ -25,6 +25,7 @@ from actors.cluster.colocate import asleep
 from actors.cluster.connect import own_ray
 from actors.cluster.fleet import RayFleet
 from actors.cluster.placement import Placement, live_nodes
+from actors.cluster.places import Options, OwnPlaces
 from actors.cluster.probe import check_shared
 from actors.cluster.rollout_table import show_rollouts
 from actors.cluster.usage import CpuMeter
@@ -91,6 +92,8 @@ class Run:
         self.placement = Placement(config)
         try:
             check_shared(config, inputs.run_dir, self.placement.nodes())
+            if isinstance(self.placement.generators, OwnPlaces):
+                self.placement.generators.check = self._check_node
         except BaseException:
             self.placement.remove()
             raise
@@ -211,7 +214,7 @@ class Run:
         """Generators, learner and verifiers start side by side; the ledger last, when everything stands."""
         config, inputs = self.config, self.inputs
         options = [self.placement.options("learner", rank) for rank in range(config.learner.num_ranks)]
-        fleet = self.fleet = RayFleet(self._generator, config.rollout, self.log.note)
+        fleet = self.fleet = RayFleet(self._generator, self.placement.generators, config, self.log.note)
         alone = partial(asleep, fleet.members.values) if config.placement.colocate else nullcontext
         learner = self.learner = LearnerGroup(config, options, alone, f"{self.name}-learner")
         verifiers = [self._verifier(i) for i in range(config.verifier.num_workers)]
@@ -268,9 +271,11 @@ class Run:
         self.actors.append(handle)
         return handle
 
-    def _generator(self, index: int) -> Any:
-        options = self.placement.options("generator", index)
-        name = f"generator-{index}"
+    def _check_node(self, node_id: str) -> None:
+        """Of a generator that joins."""
+        check_shared(self.config, self.inputs.run_dir, {"generator": [node_id]})
+
+    def _generator(self, name: str, options: Options) -> Any:
         self.starts[name] += 1
         again = f"-again-{self.starts[name] - 1}" if self.starts[name] > 1 else ""
         options |= {"name": f"{self.name}-{name}{again}", "max_concurrency": 1000}

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from actors.cluster.placement import Role, check_feasible, live_nodes, roles, wanted_table
+from actors.cluster.placement import live_nodes
+from actors.cluster.roles import Role, check_feasible, roles, wanted_table
 from actors.commands.memory import memory_report
 from cures_ray.config import Config
 from cures_ray.run.dry_checks import check_inputs, check_writable

@@ -95,8 +95,9 @@ def resolve(config: Config, *, on_gpu: Callable[[], bool], nodes: int) -> str:
         ConfigError: a backend that cannot work here.
     """
     backend, colocated = config.weights.backend, config.placement.colocate
+    elastic = (config.rollout.max_generators or 0) > config.rollout.num_generators
     if backend == "auto":
-        return "shm" if nodes == 1 else "object_store"
+        return "shm" if nodes == 1 and not elastic else "object_store"
     if backend in ("nccl", "ipc") and not on_gpu():
         raise ConfigError(f"weights.backend = {backend} needs GPUs; use auto (or gloo, the same code on CPUs)")
     if backend == "ipc" and not colocated:
@@ -106,5 +107,10 @@ def resolve(config: Config, *, on_gpu: Callable[[], bool], nodes: int) -> str:
     if backend == "shm" and nodes > 1:
         raise ConfigError(
             f"weights.backend = shm serves one machine and the cluster has {nodes} nodes; use auto or object_store"
+        )
+    if backend == "shm" and elastic:
+        raise ConfigError(
+            "weights.backend = shm serves one machine, and with rollout.max_generators generators may join on others; "
+            "use auto or object_store"
         )
     return backend

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.harness.fixed_fleet import FixedFleet
 from benchmarks.inprocess.accuracy import ExactAccuracy, RowCache
 from benchmarks.inprocess.controls import permuted
 from benchmarks.inprocess.costs import Costs
@@ -47,7 +48,6 @@ from cures_ray.messages import (
     LedgerStatus,
     Rollout,
     RolloutChunk,
-    RunError,
     Settlement,
     SettleReply,
     SyncReport,
@@ -243,17 +243,6 @@ class LocalGenerator:
         )
 
 
-class LocalFleet:
-    def __init__(self, generator: LocalGenerator) -> None:
-        self.generator = generator
-
-    def generators(self) -> list[GeneratorPort]:
-        return [self.generator]
-
-    async def replace(self, name: str, why: str) -> GeneratorPort:
-        raise RunError(f"the in-process generator {name} cannot be replaced: {why}")
-
-
 class Recorder:
     """Observer that keeps the scalars of every step and the last histograms."""
 
@@ -338,7 +327,7 @@ def run_in_process(
     before_plan = _oracle(oracle, ExactAccuracy(sampler, train, task), costs) if oracle is not None else None
     ledger = LocalLedger(curriculum, costs, before_plan)
     verifier = LocalVerifier(JUDGES[task], tables, config.trainer.seed, coin)
-    ports = Ports(ledger=ledger, fleet=LocalFleet(generator), verifier=verifier, learner=learner)
+    ports = Ports(ledger=ledger, fleet=FixedFleet([generator]), verifier=verifier, learner=learner)
     evaluator = None
     if inputs.eval is not None:
         held_out = tables["eval"]

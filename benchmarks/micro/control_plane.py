@@ -35,11 +35,12 @@ from actors.cluster.fleet import RayGenerator
 from actors.generator import GeneratorActor
 from actors.ledger import LedgerActor
 from actors.verifier import VerifierActor
+from benchmarks.harness.fixed_fleet import FixedFleet
 from benchmarks.harness.results_file import RESULTS, spread, write_result
 from cures_ray.config import Config
 from cures_ray.ledger.prompts import write_prompts
 from cures_ray.loop.driver import Driver
-from cures_ray.loop.ports import GeneratorPort, Ports
+from cures_ray.loop.ports import Ports
 from cures_ray.messages import (
     Key,
     LeaseChunk,
@@ -149,17 +150,6 @@ class InstantLearner:
         return None
 
 
-class Fleet:
-    def __init__(self, members: list[GeneratorPort]) -> None:
-        self.members = members
-
-    def generators(self) -> list[GeneratorPort]:
-        return self.members
-
-    async def replace(self, name: str, why: str) -> GeneratorPort:
-        raise RunError(f"{name} was lost in a benchmark: {why}")
-
-
 class TimedLedger(RayLedger):
     """Notes the seconds from the arrival of each lease to the answer to its settlement."""
 
@@ -241,7 +231,7 @@ async def _run(config: Config, folder: Path) -> dict[str, float]:
     clock = Clock(pids, timed, config.trainer.steps)
     ports = Ports(
         ledger=timed,
-        fleet=Fleet([RayGenerator("generator-0", generator, config.rollout)]),
+        fleet=FixedFleet([RayGenerator("generator-0", generator, config.rollout)]),
         verifier=RayVerifiers([verifier], config),
         learner=InstantLearner(),
     )

@@ -38,6 +38,7 @@ from cures_ray.learning.thinning import Bottleneck
 from cures_ray.loop.assemble import assemble
 from cures_ray.loop.chunks import Place
 from cures_ray.loop.generation import Generation
+from cures_ray.loop.membership import Membership
 from cures_ray.loop.ports import GeneratorPort, LearnerLost, Observer, Ports
 from cures_ray.loop.slots import Metrics, longest_waiting, staleness, step_metrics
 from cures_ray.messages import (
@@ -107,6 +108,15 @@ class Driver:
                 )
                 watchdog = self._tasks.create_task(self._watchdog())
                 await self._publish(self.version)
+                membership = Membership(
+                    self.config,
+                    self.ports.fleet,
+                    self._generation,
+                    start=self._generation.start,
+                    note=self.observer.note,
+                    progress=self._progress,
+                )
+                self._generation.start(membership.watch())
                 await self._evaluate_at(self.version)
                 await self._train_loop()
                 watchdog.cancel()

@@ -79,23 +79,42 @@ class Generation:
         self._tokens, self._verdict_seconds = 0, [np.zeros(0, np.float32)]
         self._tokens_at = deque([(time.monotonic(), 0)])  # (when, tokens until then) at the last steps
 
-    # -- weights ---------------------------------------------------------------------------------
+    # -- members ---------------------------------------------------------------------------------
 
-    def publish(self, update: WeightUpdate) -> None:
-        """From now on a generator gets leases only once it has proven ``update``. New members of the fleet join."""
-        self._update = update
+    @property
+    def staying(self) -> int:
+        """Generators that are not about to leave."""
+        return sum(not slot.leaving for slot in self.slots.values())
+
+    def admit(self) -> None:
+        """New members of the fleet prove the published weights and get leases."""
         for generator in self.ports.fleet.generators():
             if generator.name not in self.slots:
                 slot = self.slots[generator.name] = Slot(generator)
-                self._start(self._collect(slot, generator))
-                self._start(self._pull(slot))
+                self.start(self._collect(slot, generator))
+                self.start(self._pull(slot))
+
+    async def let_go(self, slot: Slot) -> int:
+        """``slot`` is no member any more; the rollouts that it still had in work, which are generated again."""
+        rollouts = slot.rollouts
+        await self._lose(slot, slot.generator, "it left")
+        self.slots = {name: other for name, other in self.slots.items() if other is not slot}
+        self._changed.set()
+        return rollouts
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    def publish(self, update: WeightUpdate) -> None:
+        """From now on a generator gets leases only once it has proven ``update``."""
+        self._update = update
+        self.admit()
         self.wake()
 
     async def proven(self, *, all_of_them: bool = False) -> None:
         """Return when a generator (or all) holds the published weights. The watchdog ends a wait in vain."""
         while True:
             self._changed.clear()
-            current = [self._is_open(slot) for slot in self.slots.values()]
+            current = [self._is_open(slot) for slot in self.slots.values() if not slot.leaving]
             if all(current) if all_of_them else any(current):
                 return
             await self._changed.wait()
@@ -111,15 +130,16 @@ class Generation:
         return [slot.generator for slot in self.slots.values() if self._is_open(slot)]
 
     def _is_open(self, slot: Slot) -> bool:
-        return not slot.lost and self._update is not None and slot.version == self._update.version
+        usable = not slot.lost and not slot.leaving
+        return usable and self._update is not None and slot.version == self._update.version
 
     async def _sync(self, slot: Slot) -> bool:
-        """Bring one generator to the published version; False when it was retired instead. One that is lost, or fails
-        its canary by chance, is replaced; where the replacement fails too it is retired. A canary that fails alike
-        twice ends the run."""
+        """Bring one generator to the published version; False when it leaves or was retired instead. One that is lost,
+        or fails its canary by chance, is replaced; where the replacement fails too it is retired. A canary that fails
+        alike twice ends the run."""
         failures = 0
         while not self._is_open(slot):
-            if slot.lost and not await self._replace(slot):
+            if slot.leaving or (slot.lost and not await self._replace(slot)):
                 return False
             generator, update = slot.generator, self._update
             assert update is not None, "weights are published before generators start"
@@ -137,6 +157,7 @@ class Generation:
                         f"generator {generator.name} could not be brought to version {update.version}, nor could its "
                         f"replacement: {error}",
                     )
+                    await self.ports.fleet.dismiss(generator.name, for_good=True)
                     return False
                 await self._lose(slot, generator, str(error) or type(error).__name__)
                 continue
@@ -170,7 +191,7 @@ class Generation:
             return False
         slot.lost, slot.version = "", -1
         slot.track_idle()
-        self._start(self._collect(slot, slot.generator))
+        self.start(self._collect(slot, slot.generator))
         self._note(f"generator {name} is back after {time.monotonic() - began:.0f} s")
         self._progress(f"generator {name} replaced")
         return True
@@ -182,7 +203,7 @@ class Generation:
             RunError: fewer than rollout.min_generators are left.
         """
         self.slots = {name: other for name, other in self.slots.items() if other is not slot}
-        left, least = len(self.slots), self.config.rollout.min_generators
+        left, least = self.staying, self.config.rollout.min_generators
         if left < least:
             raise RunError(f"{why}. {left} generators are left, rollout.min_generators is {least}")
         self._note(f"{why}. The run goes on with {left} generators")
@@ -337,7 +358,8 @@ class Generation:
         for task in self._loops:
             task.cancel()
 
-    def _start(self, loop: Coroutine[Any, Any, None]) -> None:
+    def start(self, loop: Coroutine[Any, Any, None]) -> None:
+        """Run ``loop`` until ``close``."""
         task = self._tasks.create_task(loop)
         self._loops.add(task)
         task.add_done_callback(self._loops.discard)

@@ -145,6 +145,15 @@ class LearnerPort(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What the cluster asks of the fleet. ``leaving``: seconds left to each generator whose node is drained or was
+    given notice, inf without a deadline; ``room``: one more generator is wanted, and the cluster has room for it."""
+
+    leaving: dict[str, float]
+    room: bool
+
+
 class FleetPort(Protocol):
     """Starts and replaces generators; elastic membership passes through here."""
 
@@ -153,6 +162,16 @@ class FleetPort(Protocol):
     async def replace(self, name: str, why: str) -> GeneratorPort:
         """End generator ``name`` if it lives and start a fresh one with the original weights. Raises Retired when it
         cannot come back; it is no member any more then."""
+        ...
+
+    async def survey(self) -> Survey: ...
+
+    async def join(self) -> GeneratorPort | None:
+        """Start one more generator, with the original weights. None when it did not start; it may be tried again."""
+        ...
+
+    async def dismiss(self, name: str, *, for_good: bool = False) -> None:
+        """End generator ``name`` and leave its place; ``for_good``: none is started in its stead."""
         ...
 
 

@@ -25,6 +25,7 @@ class Slot:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     version: int = -1  # the last proven version; leases only while it is the current one
     lost: str = ""  # why it must be replaced
+    leaving: bool = False  # its node goes: no more leases
     loading: bool = False  # fetches and proves weights now
     in_flight: dict[Key, tuple[int, float]] = field(default_factory=dict)  # -> (n, since)
     rollouts: int = 0  # in flight

@@ -215,10 +215,10 @@ _truncated = _too_high(
     do="raise rollout.max_new_tokens, or set algo.overlong_penalty_tokens",
 )
 _engine_mismatch = _too_high(
-    "learner/max_ratio",
-    watch=20.0,
+    "learner/logprob_diff_max",
+    watch=3.0,
     bad=float("inf"),
-    what="generator and learner disagree by a factor of {:.0f} on some token",
+    what="generator and learner disagree by {:.1f} nats on some token",
     do="set rollout.dtype and learner.dtype to float32 to see whether it is rounding; keep algo.is_correction: tis",
 )
 

@@ -46,13 +46,14 @@ def interrupt() -> bool:
 def play(run_dir, *acts) -> threading.Thread:
     """In a thread: each ``(holds, act)`` in turn, ``act()`` once ``holds`` of the run's log; ``thread.done`` has the
     answers and ``thread.at`` the times. A run that is played to has more steps than it can make, and ends by the last
-    act."""
+    act, or when an act does not come."""
 
     def work():
-        deadline = time.monotonic() + 300
         for holds, act in acts:
+            deadline = time.monotonic() + 200
             while not holds(_safely(run_dir)):
                 if time.monotonic() > deadline:
+                    interrupt()
                     return
                 time.sleep(0.1)
             thread.at.append(time.time())

@@ -12,9 +12,9 @@ import psutil
 import pytest
 import ray
 import torch
+from clusters import two_node_cluster
 from tiny_model import CHARACTERS, write_tiny_model
 from transformers import AutoModelForCausalLM
-from two_nodes import two_node_cluster
 
 from actors.cluster.probe import check_shared
 from actors.generator import GeneratorActor

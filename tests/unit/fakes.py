@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cures_ray.config_load import merged
 from cures_ray.curriculum.machine import Curriculum
 from cures_ray.loop.chunks import pack, picked
 from cures_ray.loop.driver import Driver, Ports
-from cures_ray.loop.ports import CanaryFailed, WorkerLost
+from cures_ray.loop.ports import CanaryFailed, Survey, WorkerLost
 from cures_ray.messages import (
     ChunkSummary,
     LeaseChunk,
@@ -208,6 +209,10 @@ class FakeFleet:
         self.replaced: list[str] = []
         self.replace_seconds = 0.01
         self.replacement_canary_error = 0.0
+        self.leaving: dict[str, float] = {}  # drained
+        self.room = 0  # for so many more
+        self.dismissed: list[str] = []
+        self._numbers = itertools.count(count)
 
     def generators(self) -> list[FakeGenerator]:
         return list(self.members.values())
@@ -218,6 +223,20 @@ class FakeFleet:
         self.members[name] = FakeGenerator(name, self.prompts, seconds=self.seconds)
         self.members[name].canary_error = self.replacement_canary_error
         return self.members[name]
+
+    async def survey(self) -> Survey:
+        return Survey(leaving={n: left for n, left in self.leaving.items() if n in self.members}, room=self.room > 0)
+
+    async def join(self) -> FakeGenerator | None:
+        self.room -= 1
+        name = f"g{next(self._numbers)}"
+        await asyncio.sleep(self.replace_seconds)
+        self.members[name] = FakeGenerator(name, self.prompts, seconds=self.seconds)
+        return self.members[name]
+
+    async def dismiss(self, name: str, *, for_good: bool = False) -> None:
+        self.dismissed.append(name)
+        self.members.pop(name)._lost = True
 
 
 class FakeVerifier:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from actors.cluster.placement import roles
+from actors.cluster.roles import roles
 from actors.commands.dry_run import dry_run
 from cures_ray.config_load import load_config
 

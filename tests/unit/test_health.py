@@ -51,7 +51,7 @@ def test_a_healthy_run_has_no_findings():
         ({"time__learner_idle_s": 8.0}, "the learner waits 80%"),
         ({"time__generator_idle_s": 8.0}, "the generators wait 80%"),
         ({"accounting__discarded_stale": lambda s: 64.0 * s}, "25% of all rollouts ended as stale"),
-        ({"learner__logprob_diff_max": 6.0}, "factor of 403"),
+        ({"learner__logprob_diff_max": 6.0}, "by 6.0 nats"),
         ({"learner__grad_norm": lambda s: 0.2 if s < 60 else 9.0}, "jumped to 9"),
     ],
 )

@@ -1,6 +1,9 @@
+from collections import Counter
+
 import pytest
 
-from actors.cluster.placement import check_feasible, roles
+from actors.cluster.places import Node, OwnPlaces
+from actors.cluster.roles import Role, check_feasible, choose, roles
 from cures_ray.config import Config
 from cures_ray.messages import ConfigError
 
@@ -54,3 +57,83 @@ def test_strict_strategies_are_respected():
 def test_gpus_that_are_demanded_but_absent_are_an_error():
     with pytest.raises(ConfigError, match="no GPU"):
         roles(config(placement={"use_gpu": "yes"}), gpus_in_cluster=0)
+
+
+def test_strict_pack_takes_a_node_that_holds_all_bundles():
+    wanted = [r for r in roles(config(rollout={"num_generators": 2}), gpus_in_cluster=0) if r.name == "generator"]
+    check_feasible(wanted, [{"CPU": 1}, {"CPU": 2}], "STRICT_PACK")
+
+
+NODES = [{"CPU": 1.0}, {"CPU": 3.0}, {"CPU": 2.0}]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("PACK", [1, 1, 1, 0, 2, 2, None]),
+        ("SPREAD", [0, 1, 2, 1, 2, 1, None]),
+        ("STRICT_PACK", [1, 1, 1, None]),
+        ("STRICT_SPREAD", [0, 1, 2, None]),
+    ],
+)
+def test_each_strategy_chooses_its_nodes(strategy, expected):
+    free, used, chosen = [dict(node) for node in NODES], Counter(), []
+    for together in (3, 2, 1, 1, 1, 1, 1):
+        chosen.append(choose({"CPU": 1.0}, free, used, strategy, together))
+        if chosen[-1] is None:
+            break
+        used[chosen[-1]] += 1
+        free[chosen[-1]]["CPU"] -= 1
+    assert chosen == expected
+
+
+class Cluster:
+    """Nodes of so many CPUs, some draining or dead, as Ray tells of them."""
+
+    def __init__(self, **cpus: float) -> None:
+        self.cpus, self.draining, self.asked = cpus, {}, []
+
+    def look(self):
+        return {n: Node(free={"CPU": c}, leaves_in=self.draining.get(n)) for n, c in self.cpus.items()}
+
+    def reserve(self, bundle, node):
+        self.cpus[node] -= bundle["CPU"]
+        return (bundle, node)
+
+    def release(self, group):
+        bundle, node = group
+        if node in self.cpus:
+            self.cpus[node] += bundle["CPU"]
+
+    def places(self, strategy: str = "PACK") -> OwnPlaces:
+        role = Role(name="generator", count=1, bundle={"CPU": 1.0}, cpus=1, gpus=0)
+        return OwnPlaces(role, strategy, look=self.look, reserve=self.reserve, release=self.release)
+
+
+def test_a_place_is_kept_while_its_node_stays_and_taken_elsewhere_when_it_drains_or_dies():
+    cluster = Cluster(a=1, b=1, c=1)
+    places = cluster.places()
+    assert places.take("g") and places.take("g") and places.node_ids() == ["a"]
+    cluster.draining["a"] = 20.0
+    assert places.survey() == ({"g": 20.0}, True) and not places.stays("g")
+    assert places.take("g") and places.node_ids() == ["b"] and cluster.cpus["a"] == 1
+    del cluster.cpus["b"]
+    assert not places.stays("g") and places.survey() == ({}, True)
+    assert places.take("g") and places.node_ids() == ["c"]
+    assert places.take("h") is None, "the only free node is draining"
+
+
+def test_a_node_that_fails_its_check_is_not_chosen_again():
+    cluster = Cluster(a=0, b=2, c=1)
+    places = cluster.places()
+
+    def check(node):
+        cluster.asked.append(node)
+        if node == "b":
+            raise ConfigError("checkpoint.dir is not the same folder there")
+
+    places.check = check
+    with pytest.raises(ConfigError):
+        places.take("g")
+    assert places.take("g") and places.node_ids() == ["c"] and cluster.asked == ["b", "c"]
+    assert places.take("h") is None and cluster.asked == ["b", "c"]
