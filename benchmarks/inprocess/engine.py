@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness.fixed_fleet import FixedFleet
 from benchmarks.inprocess.accuracy import ExactAccuracy, RowCache
 from benchmarks.inprocess.controls import permuted
 from benchmarks.inprocess.costs import Costs
+from benchmarks.inprocess.fixed_fleet import FixedFleet
 from benchmarks.inprocess.judges import JUDGES, LocalVerifier
 from benchmarks.inprocess.local_learner import LocalLearner
 from benchmarks.inprocess.oracle_sigma import MeasuredMoments, install

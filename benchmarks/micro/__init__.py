@@ -1,1 +1,1 @@
-"""Measurements of single parts: ledger, verifier, weights, statistics. May import: the product, ``harness``."""
+"""Measurements of single parts: ledger, verifier, weights. May import: the product, ``harness``, ``inprocess``."""

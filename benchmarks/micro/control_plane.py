@@ -35,8 +35,8 @@ from actors.cluster.fleet import RayGenerator
 from actors.generator import GeneratorActor
 from actors.ledger import LedgerActor
 from actors.verifier import VerifierActor
-from benchmarks.harness.fixed_fleet import FixedFleet
 from benchmarks.harness.results_file import RESULTS, spread, write_result
+from benchmarks.inprocess.fixed_fleet import FixedFleet
 from cures_ray.config import Config
 from cures_ray.ledger.prompts import write_prompts
 from cures_ray.loop.driver import Driver

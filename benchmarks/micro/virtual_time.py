@@ -30,7 +30,7 @@ import ray
 from actors.cluster.adapters import answer
 from actors.cluster.launch import own_ray
 from benchmarks.harness.results_file import RESULTS, spread, write_result
-from benchmarks.micro.control_plane import Fleet
+from benchmarks.inprocess.fixed_fleet import FixedFleet
 from benchmarks.micro.virtual_world import (
     Clock,
     Silent,
@@ -93,7 +93,7 @@ def simulate(
             ledger = VirtualLedger(Ledger(Path(folder), config, ids, levels), wire, costs["actor_call_s"])
         members = [VirtualGenerator(f"generator-{i}", wire, seconds, i) for i in range(generators)]
         ports = Ports(
-            ledger=ledger, fleet=Fleet(list(members)), verifier=VirtualVerifier(wire), learner=VirtualLearner(wire)
+            ledger=ledger, fleet=FixedFleet(list(members)), verifier=VirtualVerifier(wire), learner=VirtualLearner(wire)
         )
         measured = _measured(Driver(config, ports, Silent()), clock, ledger, slots, seconds)
         return run_in_virtual_time(clock, measured) | {"rollouts_a_prompt": group}

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "benchmarks": set(),
     "benchmarks.inprocess": PRODUCT,
     "benchmarks.harness": PRODUCT | {"benchmarks.inprocess"},
-    "benchmarks.micro": PRODUCT | {"benchmarks.harness"},
+    "benchmarks.micro": PRODUCT | {"benchmarks.harness", "benchmarks.inprocess"},
     "benchmarks.peers": PRODUCT | {"benchmarks.harness"},
     "benchmarks.research": PRODUCT | {"benchmarks.harness", "benchmarks.inprocess"},
 }
