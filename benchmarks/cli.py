@@ -27,6 +27,7 @@ BENCHMARKS = {  # subcommand -> (module with main(argv), or module:function; wha
         "the ledger's journal against SQLite",
     ),
     "control-plane": ("benchmarks.micro.control_plane", "rollouts/s and CPU of driver, ledger and the actors around"),
+    "virtual-time": ("benchmarks.micro.virtual_time", "how many generators one driver and one ledger carry"),
     "verifier": ("benchmarks.micro.verifier", "verdicts per second"),
     "weight-sync": ("benchmarks.micro.weight_sync", "weights from the learner to the generators"),
     "weight-nodes": ("benchmarks.micro.weight_nodes", "weights to the generators of another node"),

@@ -52,7 +52,7 @@ def _posterior_loo(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: fl
     every n, n = 1 included, and tends to RLOO as n grows (ALGORITHMS.md 3.2).
     """
     together, baseline, sizes = _loo_baseline(rewards, alpha, beta)
-    return _apart(together - baseline, sizes)
+    return split(together - baseline, sizes)
 
 
 def _posterior_centred(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
@@ -68,7 +68,7 @@ def _posterior_std(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: fl
     together, baseline, sizes = _loo_baseline(rewards, alpha, beta)
     b = np.clip(baseline, 0.0, 1.0)  # a penalty can take it out of the belief's range
     scaled = (together - baseline) / np.maximum(np.sqrt(b * (1.0 - b)), SMALLEST_STD)
-    return _centred(_apart(scaled, sizes))
+    return _centred(split(scaled, sizes))
 
 
 def _raft_pp(rewards: Groups, alpha: np.ndarray, beta: np.ndarray, eps: float) -> Groups:
@@ -215,14 +215,14 @@ def _loo_baseline(rewards: Groups, alpha: np.ndarray, beta: np.ndarray) -> tuple
     """All rewards [R] in one array, b_j of each [R], and the groups' sizes. One array for the batch: groups are small
     and many, and a NumPy call for each costs the driver more than the rest of its step."""
     sizes = [len(r) for r in rewards]
-    owner = np.repeat(np.arange(len(sizes)), sizes)
+    owner = np.repeat(np.arange(len(sizes)), np.array(sizes, np.int64))
     together = np.concatenate([*rewards, np.zeros(0)])
     others = np.bincount(owner, together, len(sizes))[owner] - together
     counts = np.array(sizes, np.float64)[owner]
     return together, (alpha[owner] + others) / (alpha[owner] + beta[owner] + counts - 1), sizes
 
 
-def _apart(values: np.ndarray, sizes: Sequence[int]) -> Groups:
-    """The groups of ``sizes`` again."""
-    ends = np.cumsum(sizes).tolist()
-    return [values[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+def split(values: np.ndarray, sizes: Sequence[int] | np.ndarray) -> Groups:
+    """``values`` [sum of sizes] cut into pieces of these sizes."""
+    ends = np.cumsum(sizes, dtype=np.int64).tolist()
+    return [values[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]

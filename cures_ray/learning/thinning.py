@@ -18,14 +18,13 @@ import math
 import numpy as np
 
 from cures_ray.config import AlgoConfig, Config
+from cures_ray.learning.advantages import Groups, split
 from cures_ray.messages import TrainingGroup
 
 LEVELS = 64  # thinning levels that are tried
 RNG_STREAM = 7  # of the draws of ``thin``
 SMOOTHING = 0.3  # share of the newest step in the averages of ``Bottleneck``
 WARMUP_STEPS = 2  # engines compile and caches fill
-
-Groups = list[np.ndarray]  # one float array [n_i] a prompt
 
 
 # -- who may leave out what ----------------------------------------------------------------------------
@@ -78,11 +77,10 @@ def thinned(advantages: Groups, level: float, rng: np.random.Generator) -> Group
     """Advantages below ``level`` in size become +-level with probability |A| / level, else 0: the same expectation."""
     if not level:
         return advantages
-    result = []
-    for a in advantages:
-        keep = rng.random(len(a)) * level < np.abs(a)
-        result.append(np.where(np.abs(a) >= level, a, np.where(keep, np.sign(a) * level, 0.0)))
-    return result
+    a = np.concatenate([*advantages, np.zeros(0)])
+    keep = rng.random(len(a)) * level < np.abs(a)
+    result = np.where(np.abs(a) >= level, a, np.where(keep, np.sign(a) * level, 0.0))
+    return split(result, [len(group) for group in advantages])
 
 
 def thinning_level(advantages: Groups, train_cost: float, *, overlap: bool) -> float:
