@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from cures_ray.pickling import travels
+
 PayloadHandle = Any  # ray.ObjectRef[RolloutChunk] in production, a RolloutChunk in unit tests
 Key = tuple[int, int]  # (lease_id, attempt): what settles once
 
@@ -210,11 +212,8 @@ class VerdictChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settlement:
-    """The verified outcome of k lease attempts, driver -> ledger; r rollouts in all, in lease order.
-
-    Faulty entries of ``rewards`` are ignored. A lease whose generation failed as a whole has ``fault`` all true and
-    ``failed``.
-    """
+    """The verified outcome of k lease attempts, driver -> ledger; r rollouts in all, in lease order. Faulty entries of
+    ``rewards`` are ignored. A lease whose generation failed as a whole has ``fault`` all true and ``failed``."""
 
     lease_id: np.ndarray  # int64 [k]
     attempt: np.ndarray  # int32 [k]
@@ -281,10 +280,8 @@ class TrainingBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientStatistics:
-    """Output-layer score statistics of one lease, summed so that they can be merged (ALGORITHMS.md 1.5).
-
-    s_j is the token-summed score of rollout j; classes are reward > 0.5 (plus) and the rest (minus).
-    """
+    """Output-layer score statistics of one lease, summed so that they can be merged (ALGORITHMS.md 1.5): s_j is the
+    token-summed score of rollout j; classes are reward > 0.5 (plus) and the rest (minus)."""
 
     lease_id: int
     n_plus: int
@@ -332,11 +329,8 @@ class SyncReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitReport:
-    """How a batch ended, driver -> ledger: the rollouts that entered optimizer step ``batch``.
-
-    Every rollout of the batch that is not in ``trained`` is discarded with the reason in ``discarded``
-    (lease_id -> reason -> count), or the entry's own drop_reason.
-    """
+    """How a batch ended, driver -> ledger: the rollouts that entered optimizer step ``batch``. The others are
+    discarded with the reason in ``discarded`` (lease_id -> reason -> count), or the entry's own drop_reason."""
 
     batch: int
     trained: dict[int, int]  # lease_id -> rollouts
@@ -374,6 +368,12 @@ class LedgerStatus:
     committed_batches: int
     metrics: dict[str, float]  # scalars of the curriculum: tau, ess, belief mean, collapse warning, ...
     histograms: dict[str, np.ndarray]  # "belief_mean" [<=10000 sampled prompts], "n_by_lease", "p_by_lease"
+
+
+for _message in (Lease, BatchEntry, TrainingGroup, LeaseChunk, ChunkSummary, VerdictChunk, Settlement, SettleReply):
+    travels(_message)
+travels(BatchPlan, rows="entries")
+travels(TrainingBatch, rows="groups")
 
 
 class RunError(RuntimeError):

@@ -14,6 +14,7 @@ LEAVES = {
     "cures_ray.config_load",
     "cures_ray.config_sections",
     "cures_ray.config_curriculum",
+    "cures_ray.pickling",
     "cures_ray.snapshot",
 }
 ROOMS = ["curriculum", "ledger", "data", "evaluation", "verify", "learning", "loop", "run", "synthetic"]
