@@ -1,8 +1,9 @@
 """Messages that pickle fast. A frozen dataclass with slots is pickled by Python code that asks for its fields again
-and again (25 us a message); a batch has two of them a lease.
+and again (25 us a message), and each small array costs as much as 100 of its numbers.
 
-`travels(Message)` gives a message class a quick way; `travels(Message, rows="entries")` also sends its field
-``entries``, a tuple of messages of one class, as columns.
+`travels(Message)` gives a message class a quick way, for classes whose arrays are small: they go as bytes, and come
+back read-only, as Ray's do. `travels(Message, rows="entries")` also sends its field ``entries``, a tuple of messages
+of one class, as columns.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy as np
 
 SLOTS: dict[type, tuple[tuple[str, ...], list[Any]]] = {}  # class -> names of its fields, and what sets each
 
+ROWS = "rows"
+
 
 def travels(cls: type, rows: str = "") -> None:
     """Give ``cls`` (a frozen dataclass with slots) its way to be pickled."""
@@ -24,19 +27,25 @@ def travels(cls: type, rows: str = "") -> None:
     get, place = attrgetter(*names), names.index(rows) if rows else -1
 
     def reduce(self: Any) -> tuple[Any, ...]:
-        values = get(self) if len(names) > 1 else (get(self),)
+        values = list(get(self))
+        kinds: list[str | None] = [None] * len(values)
+        for i, value in enumerate(values):
+            if type(value) is np.ndarray and value.ndim == 1:
+                kinds[i], values[i] = value.dtype.char, value.tobytes()
         if rows:
-            values = (*values[:place], pack(values[place]), *values[place + 1 :])
-        return restore, (cls, values, place)
+            kinds[place], values[place] = ROWS, pack(values[place])
+        return restore, (cls, values, kinds)
 
     cls.__reduce__ = reduce  # type: ignore[method-assign]
 
 
-def restore(cls: type, values: tuple[Any, ...], place: int) -> Any:
-    """The message of these field values; those at ``place`` are packed rows (-1: none)."""
+def restore(cls: type, values: Sequence[Any], kinds: Sequence[str | None]) -> Any:
+    """The message of these field values. Their kinds: None as they are, ROWS packed, else the dtype of an array."""
     message = object.__new__(cls)
-    for i, (put, value) in enumerate(zip(SLOTS[cls][1], values, strict=True)):
-        put(message, tuple(unpack(value)) if i == place else value)
+    for put, value, kind in zip(SLOTS[cls][1], values, kinds, strict=True):
+        if kind is not None:
+            value = tuple(unpack(value)) if kind == ROWS else np.frombuffer(value, kind)
+        put(message, value)
     return message
 
 
@@ -59,4 +68,5 @@ def unpack(packed: tuple[Any, ...]) -> Sequence[Any]:
     if isinstance(kind, np.ndarray):
         ends = np.cumsum(values, dtype=np.int64).tolist()
         return [kind[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
-    return [restore(kind, row, -1) for row in zip(*(unpack(column) for column in values), strict=True)]
+    plain = [None] * len(values)
+    return [restore(kind, row, plain) for row in zip(*(unpack(column) for column in values), strict=True)]

@@ -62,7 +62,7 @@ def outcomes_by_lease(s: Settlement, version: int) -> Iterator[LeaseOutcome]:
 
 
 @dataclass(slots=True, kw_only=True)
-class Held:
+class TrackedLease:
     """A lease of an uncommitted batch and what is known of it."""
 
     lease: Lease
@@ -78,7 +78,7 @@ class Held:
     fault_reason: Discard = Discard.VERIFIER_FAULT
 
     @classmethod
-    def fresh(cls, lease: Lease, role: str, draws: int) -> Held:
+    def fresh(cls, lease: Lease, role: str, draws: int) -> TrackedLease:
         return cls(
             lease=lease, role=role, draws=draws, rewards=np.zeros(lease.n, np.float32), valid=np.zeros(lease.n, bool)
         )
@@ -104,15 +104,15 @@ class Held:
         }
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Held:
-        held = cls.fresh(Lease(**record["lease"]), record["role"], record["draws"])
-        held.state, held.worker = record["state"], record["worker"]
-        if held.state == SETTLED:
-            held.rewards = np.array(record["rewards"], np.float32)
-            held.valid = np.array(record["valid"], bool)
-        held.tokens, held.generate_seconds, held.verify_seconds = record["spent"]
-        held.fault_reason = Discard(record["fault_reason"])
-        return held
+    def from_json(cls, record: dict[str, Any]) -> TrackedLease:
+        tracked = cls.fresh(Lease(**record["lease"]), record["role"], record["draws"])
+        tracked.state, tracked.worker = record["state"], record["worker"]
+        if tracked.state == SETTLED:
+            tracked.rewards = np.array(record["rewards"], np.float32)
+            tracked.valid = np.array(record["valid"], bool)
+        tracked.tokens, tracked.generate_seconds, tracked.verify_seconds = record["spent"]
+        tracked.fault_reason = Discard(record["fault_reason"])
+        return tracked
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,7 +121,7 @@ class Batch:
 
     number: int
     rounds: int = 0  # planned so far
-    leases: list[Held] = field(default_factory=list)
+    leases: list[TrackedLease] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     missing: int = 0  # leases that are not settled
     finished: bool = False  # every round planned and settled
@@ -135,7 +135,7 @@ class Batch:
         return {
             "number": self.number,
             "rounds": self.rounds,
-            "leases": [held.as_json() for held in self.leases],
+            "leases": [tracked.as_json() for tracked in self.leases],
             "metrics": {k: v for k, v in self.metrics.items() if np.isfinite(v)},
             "infinite": [k for k, v in self.metrics.items() if not np.isfinite(v)],
             "finished": self.finished,
@@ -143,20 +143,20 @@ class Batch:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Batch:
-        leases = [Held.from_json(r) for r in record["leases"]]
+        leases = [TrackedLease.from_json(r) for r in record["leases"]]
         return cls(
             number=record["number"],
             rounds=record["rounds"],
             leases=leases,
             metrics=record["metrics"] | {k: float("inf") for k in record["infinite"]},
-            missing=sum(held.state != SETTLED for held in leases),
+            missing=sum(tracked.state != SETTLED for tracked in leases),
             finished=record["finished"],
         )
 
 
 def batch_metrics(batch: Batch) -> dict[str, float]:
-    """Outcomes of a batch. ``useful``: share of judged rollouts whose outcome the belief held less likely, that is more
-    than 0.5 from the accuracy believed when they were planned; exactly 0.5 counts half. A coin toss gives 0.5, a
+    """Outcomes of a batch. ``useful``: share of judged rollouts whose outcome the belief thought less likely: more than
+    0.5 from the accuracy believed when they were planned; exactly 0.5 counts half. A coin toss gives 0.5, a
     prompt that is known to be solved 0.
     """
     n = np.array([h.lease.n for h in batch.leases], np.int64)
@@ -185,21 +185,26 @@ def batch_histograms(batch: Batch) -> dict[str, np.ndarray]:
     }
 
 
-def ending(held: Held, keep: np.ndarray, reason: Discard, report: CommitReport) -> tuple[int, dict[Discard, int]]:
-    """(trained, discarded by reason) of one lease's n rollouts. What the report leaves open ends as a fault,
-    as dropped by the method, and beyond these as lost: kept, but its payload never reached the learner.
+def trained_and_discarded(
+    tracked: TrackedLease, keep: np.ndarray, reason: Discard, report: CommitReport
+) -> tuple[int, dict[Discard, int]]:
+    """(trained, discarded by reason) of one lease's n rollouts. Those that the report does not name are, in this order:
+
+    1. faults, as many as were verified as such,
+    2. dropped by the method, with its reason,
+    3. lost: kept by the method, but their payload never reached the learner.
 
     Raises:
         ValueError: the report ends more rollouts than the lease has.
     """
-    lease_id, n = held.lease.lease_id, held.lease.n
+    lease_id, n = tracked.lease.lease_id, tracked.lease.n
     trained = int(report.trained.get(lease_id, 0))
     discarded = {Discard(k): int(v) for k, v in report.discarded.get(lease_id, {}).items()}
     left = n - trained - sum(discarded.values())
     if left < 0 or trained < 0 or min(discarded.values(), default=0) < 0:
         raise ValueError(f"commit of lease {lease_id}: {trained} trained and {discarded} discarded, of {n} rollouts")
-    faults, dropped = int((~held.valid).sum()), int((held.valid & ~keep).sum())
-    for why, count in ((held.fault_reason, faults), (reason, dropped), (Discard.LOST, n)):
+    faults, dropped = int((~tracked.valid).sum()), int((tracked.valid & ~keep).sum())
+    for why, count in ((tracked.fault_reason, faults), (reason, dropped), (Discard.LOST, n)):
         more = min(left, max(count - discarded.get(why, 0), 0))
         if more:
             discarded[why] = discarded.get(why, 0) + more

@@ -25,14 +25,14 @@ from cures_ray.curriculum.batches import (
     OPEN,
     SETTLED,
     Batch,
-    Held,
     Round,
+    TrackedLease,
     batch_histograms,
     batch_metrics,
     digest,
-    ending,
     lease_seed,
     outcomes_by_lease,
+    trained_and_discarded,
 )
 from cures_ray.curriculum.methods import METHODS
 from cures_ray.curriculum.pool import PromptPool
@@ -85,10 +85,10 @@ class Curriculum:
         self.committed = 0  # batches
         self.next_batch, self.next_lease = 0, 0
         self.batches: dict[int, Batch] = {}  # opened, not committed
-        self._held: dict[int, tuple[Batch, Held]] = {}
+        self._tracked: dict[int, tuple[Batch, TrackedLease]] = {}
         self._queue: list[int] = []  # heap of OPEN lease ids
         self.metrics: dict[str, float] = {}  # of the last committed batch
-        self.endings: list[tuple[Held, tuple[int, dict[Discard, int]]]] = []  # its leases: trained, discarded
+        self.endings: list[tuple[TrackedLease, tuple[int, dict[Discard, int]]]] = []  # its leases: trained, discarded
         self.histograms: dict[str, np.ndarray] = {}
         self.seconds = 0.0  # in curriculum code since the last commit
 
@@ -106,13 +106,13 @@ class Curriculum:
                 break
             if not self._queue:
                 continue
-            held = self._held[self._queue[0]][1]
-            if taken and held.lease.n > room:
+            tracked = self._tracked[self._queue[0]][1]
+            if taken and tracked.lease.n > room:
                 break
             heapq.heappop(self._queue)
-            held.state, held.worker = LEASED, worker
-            taken.append(held.lease)
-            room -= held.lease.n
+            tracked.state, tracked.worker = LEASED, worker
+            taken.append(tracked.lease)
+            room -= tracked.lease.n
         self._check(began)
         return taken
 
@@ -164,10 +164,10 @@ class Curriculum:
                 seed=lease_seed(self.config.trainer.seed, self.next_lease),
             )
             self.next_lease += 1
-            held = Held.fresh(lease, planned.role, 1 if planned.draws is None else int(planned.draws[i]))
-            batch.leases.append(held)
+            tracked = TrackedLease.fresh(lease, planned.role, 1 if planned.draws is None else int(planned.draws[i]))
+            batch.leases.append(tracked)
             batch.missing += 1
-            self._held[lease.lease_id] = (batch, held)
+            self._tracked[lease.lease_id] = (batch, tracked)
             heapq.heappush(self._queue, lease.lease_id)
             self.accounting.planned += lease.n
             self.accounting.in_flight += lease.n
@@ -193,10 +193,12 @@ class Curriculum:
         for i, (entry, outcome) in enumerate(zip(found, outcomes_by_lease(settlement, self.version), strict=True)):
             if entry is None or entry[1].state != LEASED:  # the same lease twice in one chunk: the first counts
                 continue
-            batch, held = entry
-            held.settle(outcome)
-            key = (batch.number, held.lease.lease_id, held.lease.attempt)
-            self.pool.observe(key, held.lease.prompt_index, outcome.rewards[outcome.valid], outcome.lag[outcome.valid])
+            batch, tracked = entry
+            tracked.settle(outcome)
+            key = (batch.number, tracked.lease.lease_id, tracked.lease.attempt)
+            self.pool.observe(
+                key, tracked.lease.prompt_index, outcome.rewards[outcome.valid], outcome.lag[outcome.valid]
+            )
             batch.missing -= 1
             accepted[i] = True
             touched[batch.number] = batch
@@ -205,49 +207,49 @@ class Curriculum:
         self._check(began)
         return SettleReply(accepted=accepted, ready=tuple(k for k, b in sorted(self.batches.items()) if b.finished))
 
-    def _to_settle(self, lease_id: int, attempt: int, n: int) -> tuple[Batch, Held] | None:
+    def _to_settle(self, lease_id: int, attempt: int, n: int) -> tuple[Batch, TrackedLease] | None:
         """The lease, if this attempt of it is handed out and not settled."""
-        batch, held = self._held.get(lease_id, (None, None))
-        if batch is None or held is None or held.lease.attempt != attempt or held.state != LEASED:
+        batch, tracked = self._tracked.get(lease_id, (None, None))
+        if batch is None or tracked is None or tracked.lease.attempt != attempt or tracked.state != LEASED:
             return None
-        if held.lease.n != n:
-            raise ValueError(f"lease {lease_id} has {held.lease.n} rollouts, its settlement {n}")
-        return batch, held
+        if tracked.lease.n != n:
+            raise ValueError(f"lease {lease_id} has {tracked.lease.n} rollouts, its settlement {n}")
+        return batch, tracked
 
     def give_back(self, keys: list[tuple[int, int]], reason: Discard) -> None:
         """Unsettled or uncommitted leases: their rollouts end as discarded(reason) and they are issued again
         under the next attempt. What a settled one told stays in the beliefs. Unknown keys change nothing."""
         began = time.perf_counter()
         for lease_id, attempt in keys:
-            batch, held = self._held.get(lease_id, (None, None))
-            if batch is None or held is None or held.lease.attempt != attempt or held.state == OPEN:
+            batch, tracked = self._tracked.get(lease_id, (None, None))
+            if batch is None or tracked is None or tracked.lease.attempt != attempt or tracked.state == OPEN:
                 continue
-            if held.state == SETTLED:
+            if tracked.state == SETTLED:
                 batch.missing += 1
                 batch.finished = False
-            n = held.lease.n
+            n = tracked.lease.n
             self.accounting.planned += n
             self._discard(reason, n)
-            again = replace(held.lease, attempt=attempt + 1)
-            fresh = Held.fresh(again, held.role, held.draws)
-            batch.leases[batch.leases.index(held)] = fresh
-            self._held[lease_id] = (batch, fresh)
+            again = replace(tracked.lease, attempt=attempt + 1)
+            fresh = TrackedLease.fresh(again, tracked.role, tracked.draws)
+            batch.leases[batch.leases.index(tracked)] = fresh
+            self._tracked[lease_id] = (batch, fresh)
             heapq.heappush(self._queue, lease_id)
         self._check(began)
 
     def leased(self, lease_id: int, attempt: int) -> Lease | None:
         """The lease, if this attempt is handed out and not settled."""
-        _, held = self._held.get(lease_id, (None, None))
-        return held.lease if held and held.state == LEASED and held.lease.attempt == attempt else None
+        _, tracked = self._tracked.get(lease_id, (None, None))
+        return tracked.lease if tracked and tracked.state == LEASED and tracked.lease.attempt == attempt else None
 
     def leased_keys(self) -> list[tuple[int, int]]:
         """Handed out and not settled, in lease order."""
-        return sorted((h.lease.lease_id, h.lease.attempt) for _, h in self._held.values() if h.state == LEASED)
+        return sorted((h.lease.lease_id, h.lease.attempt) for _, h in self._tracked.values() if h.state == LEASED)
 
     def reissue_uncommitted(self) -> None:
         """After a resume from a checkpoint the payloads of uncommitted batches are gone: every lease that was
         handed out ends as INTERRUPTED and is issued again."""
-        keys = [(h.lease.lease_id, h.lease.attempt) for _, h in self._held.values() if h.state != OPEN]
+        keys = [(h.lease.lease_id, h.lease.attempt) for _, h in self._tracked.values() if h.state != OPEN]
         self.give_back(keys, Discard.INTERRUPTED)
 
     # -- ending ----------------------------------------------------------------------------------
@@ -260,11 +262,11 @@ class Curriculum:
         began = time.perf_counter()
         selections = self.method.select(self.pool, found)
         first: dict[int, int] = {}
-        for held in found.leases:
-            first.setdefault(held.lease.prompt_index, len(first))
+        for tracked in found.leases:
+            first.setdefault(tracked.lease.prompt_index, len(first))
         entries = [
-            BatchEntry(lease=held.lease, rewards=held.rewards, keep=keep & held.valid, drop_reason=reason)
-            for held, (keep, reason) in zip(found.leases, selections, strict=True)
+            BatchEntry(lease=tracked.lease, rewards=tracked.rewards, keep=keep & tracked.valid, drop_reason=reason)
+            for tracked, (keep, reason) in zip(found.leases, selections, strict=True)
         ]
         entries.sort(key=lambda e: (first[e.lease.prompt_index], e.lease.round, e.lease.lease_id))
         metrics = found.metrics | batch_metrics(found) | self.pool.metrics()
@@ -287,16 +289,16 @@ class Curriculum:
         if batch is None or not batch.finished:
             raise ValueError(f"commit of batch {report.batch}, which is not finished")
         selections = self.method.select(self.pool, batch)
-        endings = [ending(h, *s, report) for h, s in zip(batch.leases, selections, strict=True)]
-        for held, (trained, discarded) in zip(batch.leases, endings, strict=True):
+        endings = [trained_and_discarded(h, *s, report) for h, s in zip(batch.leases, selections, strict=True)]
+        for tracked, (trained, discarded) in zip(batch.leases, endings, strict=True):
             self.accounting.trained += trained
             self.accounting.in_flight -= trained
             for reason, count in discarded.items():
                 self._discard(reason, count)
                 self.accounting.in_flight -= count
-            del self._held[held.lease.lease_id]
+            del self._tracked[tracked.lease.lease_id]
         self.endings = list(zip(batch.leases, endings, strict=True))
-        prompt_of = {held.lease.lease_id: held.lease.prompt_index for held in batch.leases}
+        prompt_of = {tracked.lease.lease_id: tracked.lease.prompt_index for tracked in batch.leases}
         self.pool.note_drift({prompt_of[lease]: nats for lease, nats in report.drift.items() if lease in prompt_of})
         statistics = [g for g in report.gradient_statistics if g.lease_id in prompt_of]
         self.pool.observe_gradients([prompt_of[g.lease_id] for g in statistics], statistics)
@@ -311,9 +313,9 @@ class Curriculum:
 
     def _learn(self, batch: Batch) -> None:
         """Raw counts of the batch, in lease order, to cost and priors."""
-        for held in batch.leases:
-            spent = (held.tokens, held.generate_seconds, held.verify_seconds)
-            self.pool.observe_cost(held.lease.prompt_index, held.lease.n, *spent)
+        for tracked in batch.leases:
+            spent = (tracked.tokens, tracked.generate_seconds, tracked.verify_seconds)
+            self.pool.observe_cost(tracked.lease.prompt_index, tracked.lease.n, *spent)
         index = np.array([h.lease.prompt_index for h in batch.leases], np.int64)
         successes = np.array([float(h.rewards[h.valid].sum()) for h in batch.leases])
         trials = np.array([float(h.valid.sum()) for h in batch.leases])
@@ -393,8 +395,8 @@ class Curriculum:
             planned=a["planned"], trained=a["trained"], in_flight=a["in_flight"], discarded=discarded
         )
         self.batches = {r["number"]: Batch.from_json(r) for r in state["batches"]}
-        self._held = {h.lease.lease_id: (b, h) for b in self.batches.values() for h in b.leases}
-        self._queue = sorted(i for i, (_, h) in self._held.items() if h.state == OPEN)
+        self._tracked = {h.lease.lease_id: (b, h) for b in self.batches.values() for h in b.leases}
+        self._queue = sorted(i for i, (_, h) in self._tracked.items() if h.state == OPEN)
         self.pool.load_state_dict(state["pool"])
         self.accounting.check()
         return self

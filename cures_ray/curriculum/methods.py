@@ -56,7 +56,7 @@ def cures(pool: PromptPool, batch: Batch) -> Round | None:
     """Algorithm 1. A subset (belief = reset) starts with N' pilots of all its prompts, in its first batch; then
     m draws ~ rho* (eq. 14) share N rollouts by sigma (eq. 20). Other beliefs have pilots, if any, once."""
     c = pool.settings(CuresCurriculum)
-    if any(held.role == "train" for held in batch.leases):
+    if any(tracked.role == "train" for tracked in batch.leases):
         return None
     if batch.rounds == 0:
         switch = c.belief == "reset" and batch.number % c.subset_steps == 0

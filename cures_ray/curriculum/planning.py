@@ -9,7 +9,7 @@ import numpy as np
 
 from cures_ray.config import Config, CuresCurriculum
 from cures_ray.curriculum.allocation import apportion
-from cures_ray.curriculum.batches import Batch, Held, Round
+from cures_ray.curriculum.batches import Batch, Round, TrackedLease
 from cures_ray.curriculum.pool import PromptPool, rng_for
 from cures_ray.curriculum.sampling import Draw, importance_weights, weight_ess
 from cures_ray.messages import Discard
@@ -38,10 +38,10 @@ def keep_all(pool: PromptPool, batch: Batch) -> list[Selection]:
         weighted.clear()
     return [
         (
-            held.valid & (held.role != "pilot" or held.lease.prompt_index in weighted),
-            Discard.PILOT if held.role == "pilot" else Discard.FILTERED,
+            tracked.valid & (tracked.role != "pilot" or tracked.lease.prompt_index in weighted),
+            Discard.PILOT if tracked.role == "pilot" else Discard.FILTERED,
         )
-        for held in batch.leases
+        for tracked in batch.leases
     ]
 
 
@@ -114,12 +114,12 @@ class Outcomes:
         return self.highest > self.lowest
 
 
-def outcomes(leases: list[Held]) -> dict[int, Outcomes]:
+def outcomes(leases: list[TrackedLease]) -> dict[int, Outcomes]:
     """By prompt, in order of first appearance."""
     found: dict[int, Outcomes] = {}
-    for held in leases:
-        one = found.setdefault(held.lease.prompt_index, Outcomes(held.lease.weight, held.draws))
-        rewards = held.rewards[held.valid]
+    for tracked in leases:
+        one = found.setdefault(tracked.lease.prompt_index, Outcomes(tracked.lease.weight, tracked.draws))
+        rewards = tracked.rewards[tracked.valid]
         if len(rewards):
             one.successes += float(rewards.sum())
             one.trials += len(rewards)

@@ -22,7 +22,7 @@ def spo(pool: PromptPool, batch: Batch) -> Round | None:
     rollouts each; v is the tracker's mean. ``pilot_rollouts`` offline samples of every prompt start the trackers at
     N_0 = 1 / (1 - rho_min) pseudo-counts; without them they start from Beta(1/2, 1/2). Forgetting: PromptPool."""
     c = pool.settings(SpoCurriculum)
-    if any(held.role == "train" for held in batch.leases):
+    if any(tracked.role == "train" for tracked in batch.leases):
         return None
     if batch.number == 0 and c.pilot_rollouts:
         if batch.rounds == 0:
@@ -55,7 +55,7 @@ def greso(pool: PromptPool, batch: Batch) -> Round | None:
         return None
     assert pool.streaks is not None
     rng = round_rng(pool.config, batch)
-    seen = {held.lease.prompt_index for held in batch.leases}
+    seen = {tracked.lease.prompt_index for tracked in batch.leases}
     taken: list[int] = []
     passed: list[int] = []  # over
     for _ in range(SKIPPING_DRAWS):

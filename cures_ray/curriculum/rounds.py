@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from cures_ray.config import AdaCurriculum, DapoCurriculum, SpeedCurriculum
-from cures_ray.curriculum.batches import Batch, Held, Round
+from cures_ray.curriculum.batches import Batch, Round, TrackedLease
 from cures_ray.curriculum.planning import Selection, continued, equal_shares, outcomes, planned, round_rng
 from cures_ray.curriculum.pool import PromptPool
 from cures_ray.messages import Discard
@@ -27,7 +27,7 @@ def dapo(pool: PromptPool, batch: Batch) -> Round | None:
     if batch.rounds >= c.dapo_max_rounds or informative >= c.prompts_per_step:
         return None
     draw = pool.draw_uniform(c.prompts_per_step, round_rng(pool.config, batch))
-    seen = {held.lease.prompt_index for held in batch.leases}
+    seen = {tracked.lease.prompt_index for tracked in batch.leases}
     fresh = np.array([i not in seen for i in draw.index.tolist()], bool)
     if not fresh.any():
         return None
@@ -50,7 +50,7 @@ def dapo_select(pool: PromptPool, batch: Batch) -> list[Selection]:
             left -= o.draws
         else:
             fate[index] = (False, Discard.SURPLUS)
-    return [_all_or_none(held, *fate[held.lease.prompt_index]) for held in batch.leases]
+    return [_all_or_none(tracked, *fate[tracked.lease.prompt_index]) for tracked in batch.leases]
 
 
 def speed(pool: PromptPool, batch: Batch) -> Round | None:
@@ -71,7 +71,7 @@ def speed(pool: PromptPool, batch: Batch) -> Round | None:
 
 
 def speed_select(pool: PromptPool, batch: Batch) -> list[Selection]:
-    screened = outcomes([held for held in batch.leases if held.role == "screen"])
+    screened = outcomes([tracked for tracked in batch.leases if tracked.role == "screen"])
     return [_all_or_none(h, screened[h.lease.prompt_index].informative, Discard.SCREENED) for h in batch.leases]
 
 
@@ -102,16 +102,16 @@ def reinforce_ada_select(pool: PromptPool, batch: Batch) -> list[Selection]:
         correct = min(o.correct, max(keep // 2, keep - wrong))
         quota[index] = [min(wrong, keep - correct), correct]
     selections: list[Selection] = []
-    for held in batch.leases:
-        left = quota[held.lease.prompt_index]
-        keep_mask = np.zeros(held.lease.n, bool)
-        for outcome, right in enumerate((held.rewards <= 0.5, held.rewards > 0.5)):
-            rows = np.flatnonzero(held.valid & right)[: left[outcome]]
+    for tracked in batch.leases:
+        left = quota[tracked.lease.prompt_index]
+        keep_mask = np.zeros(tracked.lease.n, bool)
+        for outcome, right in enumerate((tracked.rewards <= 0.5, tracked.rewards > 0.5)):
+            rows = np.flatnonzero(tracked.valid & right)[: left[outcome]]
             keep_mask[rows] = True
             left[outcome] -= len(rows)
         selections.append((keep_mask, Discard.FILTERED))
     return selections
 
 
-def _all_or_none(held: Held, train: bool, reason: Discard) -> Selection:
-    return held.valid & train, reason
+def _all_or_none(tracked: TrackedLease, train: bool, reason: Discard) -> Selection:
+    return tracked.valid & train, reason

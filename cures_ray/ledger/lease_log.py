@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cures_ray.curriculum.batches import Held
+from cures_ray.curriculum.batches import TrackedLease
 from cures_ray.curriculum.machine import Curriculum
 
 COLUMNS = (
@@ -44,22 +44,22 @@ class LeaseLog:
                 if (lease_id, attempt) in self._attempts:
                     self._attempts[lease_id, attempt][2] = record[2]
         elif record[0] == "commit":
-            self._write([self.line(held, record[1], *ending) for held, ending in curriculum.endings])
-            for held, _ in curriculum.endings:
-                for attempt in range(held.lease.attempt + 1):
-                    self._attempts.pop((held.lease.lease_id, attempt), None)
+            self._write([self.line(tracked, record[1], *ending) for tracked, ending in curriculum.endings])
+            for tracked, _ in curriculum.endings:
+                for attempt in range(tracked.lease.attempt + 1):
+                    self._attempts.pop((tracked.lease.lease_id, attempt), None)
 
-    def line(self, held: Held, batch: int, trained: int, discarded: dict[Any, int]) -> list[Any]:
+    def line(self, tracked: TrackedLease, batch: int, trained: int, discarded: dict[Any, int]) -> list[Any]:
         """The values of ``COLUMNS``. Attempts of before the last snapshot are unknown: null."""
-        lease = held.lease
+        lease = tracked.lease
         attempts = [self._attempts.get((lease.lease_id, k)) for k in range(lease.attempt + 1)]
-        if attempts[-1] is not None and held.state == "settled":
+        if attempts[-1] is not None and tracked.state == "settled":
             attempts[-1][2] = "settled"
         belief = (round(lease.weight, 8), round(lease.alpha, 4), round(lease.beta, 4))
-        planned = [lease.round, held.role, lease.prompt_index, lease.n, *belief]
-        spent = [held.tokens, round(held.generate_seconds, 4), round(held.verify_seconds, 4)]
+        planned = [lease.round, tracked.role, lease.prompt_index, lease.n, *belief]
+        spent = [tracked.tokens, round(tracked.generate_seconds, 4), round(tracked.verify_seconds, 4)]
         rewards = [
-            round(r, 4) if ok else None for r, ok in zip(held.rewards.tolist(), held.valid.tolist(), strict=True)
+            round(r, 4) if ok else None for r, ok in zip(tracked.rewards.tolist(), tracked.valid.tolist(), strict=True)
         ]
         ended = {getattr(reason, "value", reason): count for reason, count in discarded.items()}
         return [lease.lease_id, lease.attempt, batch, *planned, attempts, *spent, rewards, trained, ended]

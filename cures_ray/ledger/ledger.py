@@ -57,7 +57,6 @@ class Ledger:
         session: names one stretch of the run. A folder of the same session is continued (the process was killed);
             of another one it is begun anew, from ``checkpoint`` or empty.
         checkpoint: a folder that ``save`` wrote.
-        sync: see ``Journal``.
 
     Raises:
         ValueError: the folder or the checkpoint is damaged, or belongs to other prompts or a newer session.
@@ -73,9 +72,8 @@ class Ledger:
         *,
         session: str = "",
         checkpoint: Path | None = None,
-        sync: bool = False,
     ) -> None:
-        self.folder, self.config, self.session, self._sync = Path(folder), config, session, sync
+        self.folder, self.config, self.session = Path(folder), config, session
         self._table = (np.asarray(prompt_ids, np.uint64), levels, features)
         self._answers: dict[str, tuple[int, list[tuple[int, int]]]] = {}  # worker -> last lease call and its leases
         self.recovered = 0  # records applied when this ledger was opened
@@ -114,7 +112,7 @@ class Ledger:
             self.recovered += 1
             if self.curriculum.committed > committed:
                 self._write_history(record[1])
-        self._journal = Journal(journal_path(self.folder, generation), sync=self._sync)
+        self._journal = Journal(journal_path(self.folder, generation))
 
     # -- calls -----------------------------------------------------------------------------------------
 
@@ -218,7 +216,7 @@ class Ledger:
         path = journal_path(self.folder, self.generation)
         temporary_log = path.with_suffix(".writing")
         temporary_log.unlink(missing_ok=True)
-        self._journal = Journal(temporary_log, header, sync=self._sync)
+        self._journal = Journal(temporary_log, header)
         temporary_log.rename(path)
         self._leases = LeaseLog(log_path(self.folder, self.generation))
 

@@ -133,9 +133,9 @@ def lease_life(run: Run, lease_id: int) -> dict[str, Any]:
     curriculum, log = run.load(newest), LeaseLog()
     problem = run.play(newest, curriculum, lambda record, answer: log.see(record, answer, curriculum))
     for number, batch in curriculum.batches.items():
-        for held in batch.leases:
-            if held.lease.lease_id == lease_id:
-                return dict(zip(COLUMNS, log.line(held, number, 0, {}), strict=True)) | {"state": held.state}
+        for tracked in batch.leases:
+            if tracked.lease.lease_id == lease_id:
+                return dict(zip(COLUMNS, log.line(tracked, number, 0, {}), strict=True)) | {"state": tracked.state}
     raise ConfigError(
         f"{run.folder} has no lease {lease_id}: {curriculum.next_lease} are planned so far, from 0 on"
         + (f"; {problem}" if problem else "")

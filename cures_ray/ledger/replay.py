@@ -223,13 +223,13 @@ MULTI_ROUND = {"gvm", "dapo", "speed", "reinforce_ada"}
 
 def _listen(curriculum: Curriculum, configs: list[Config], result: Replay) -> None:
     """Ask the alternatives whenever ``curriculum`` is about to draw round 0 of a batch."""
-    own: Callable[[PromptPool, Batch], Round | None] = curriculum.method.next_round
+    next_of_run: Callable[[PromptPool, Batch], Round | None] = curriculum.method.next_round
 
     def next_round(pool: PromptPool, batch: Batch) -> Round | None:
         if batch.rounds:
-            return own(pool, batch)
+            return next_of_run(pool, batch)
         others = [_ask(pool, config, batch, words) for config, words in zip(configs, result.overrides, strict=True)]
-        planned = own(pool, batch)
+        planned = next_of_run(pool, batch)
         if planned is not None:
             result.actual.append(_drawn(pool, batch, planned))
             for drawn, other in zip(result.others, others, strict=True):

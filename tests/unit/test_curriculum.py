@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import Run, by_prompt, rollouts, settlement
 
-from cures_ray.curriculum.batches import Batch, Held, batch_metrics
+from cures_ray.curriculum.batches import Batch, TrackedLease, batch_metrics
 from cures_ray.curriculum.machine import Curriculum
 from cures_ray.curriculum.methods import METHODS
 from cures_ray.curriculum.sampling import PotentialSampler, potential
@@ -338,17 +338,17 @@ def test_a_curriculum_needs_prompts_and_columns_of_their_length():
 
 
 def test_useful_is_the_share_of_outcomes_that_the_belief_held_less_likely():
-    def held(alpha: float, rewards: list[float], valid: list[bool]) -> Held:
+    def tracked(alpha: float, rewards: list[float], valid: list[bool]) -> TrackedLease:
         n = len(rewards)
         lease = Lease(
             lease_id=0, attempt=0, prompt_index=0, prompt_id="", n=n, batch=0, round=0, weight=1.0, alpha=alpha,
             beta=1.0, seed=0,
         )  # fmt: skip
-        one = Held.fresh(lease, "train", 1)
+        one = TrackedLease.fresh(lease, "train", 1)
         one.rewards, one.valid = np.array(rewards, np.float32), np.array(valid)
         return one
 
-    likely_solved = held(9.0, [1.0, 0.0, 0.0], [True, True, False])  # one of two judged was unexpected
-    toss = held(1.0, [1.0], [True])  # half
+    likely_solved = tracked(9.0, [1.0, 0.0, 0.0], [True, True, False])  # one of two judged was unexpected
+    toss = tracked(1.0, [1.0], [True])  # half
     assert batch_metrics(Batch(number=0, leases=[likely_solved, toss]))["useful"] == pytest.approx(1.5 / 3)
-    assert batch_metrics(Batch(number=0, leases=[held(0.1, [0.0] * 4, [True] * 4)]))["useful"] == 0.0
+    assert batch_metrics(Batch(number=0, leases=[tracked(0.1, [0.0] * 4, [True] * 4)]))["useful"] == 0.0

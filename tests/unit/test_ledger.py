@@ -226,8 +226,8 @@ def test_rewards_that_are_no_numbers_are_faults_also_after_a_recovery(tmp_path):
     ledger.settle(settlement(lease, rewards))
     back = open_ledger(tmp_path / "ledger")
     assert state(back, tmp_path / "b") == state(ledger, tmp_path / "a")
-    held = back.curriculum._held[lease.lease_id][1]
-    assert not held.valid[0] and held.valid[1:].all() and np.all(held.rewards[1:] == 0.25)
+    tracked = back.curriculum._tracked[lease.lease_id][1]
+    assert not tracked.valid[0] and tracked.valid[1:].all() and np.all(tracked.rewards[1:] == 0.25)
 
 
 def test_a_last_record_with_a_wrong_checksum_is_cut_off(tmp_path):
