@@ -36,12 +36,12 @@ def travels(cls: type, rows: str = "") -> None:
             kinds[place], values[place] = ROWS, pack(values[place])
         return restore, (cls, values, kinds)
 
-    cls.__reduce__ = reduce  # type: ignore[method-assign]
+    cls.__reduce__ = reduce  # type: ignore[method-assign, assignment]
 
 
 def restore(cls: type, values: Sequence[Any], kinds: Sequence[str | None]) -> Any:
     """The message of these field values. Their kinds: None as they are, ROWS packed, else the dtype of an array."""
-    message = object.__new__(cls)
+    message: Any = object.__new__(cls)
     for put, value, kind in zip(SLOTS[cls][1], values, kinds, strict=True):
         if kind is not None:
             value = tuple(unpack(value)) if kind == ROWS else np.frombuffer(value, kind)

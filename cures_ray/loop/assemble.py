@@ -93,7 +93,7 @@ def _sort_out(entries: Sequence[BatchEntry], groups: dict[int, Place], oldest: i
 
     def gathered(parts: list[np.ndarray], dtype: type) -> np.ndarray:
         """Values of the chunks' rollouts [r]; 0 where the chunk is missing."""
-        values = np.zeros(len(owner), dtype)
+        values: np.ndarray = np.zeros(len(owner), dtype)
         values[present] = np.concatenate([*parts, np.zeros(0, dtype)])[row]
         return values
 
