@@ -6,14 +6,13 @@ python -m actors.commands.demo [--seed 0] [--dir runs/demo] [section.key=value .
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
 from pathlib import Path
 
 from actors.commands.cli import main as cures
-from actors.commands.ending import ending
+from actors.commands.ending import finish
 from cures_ray.config_load import load_config
 from cures_ray.messages import RunError
 from cures_ray.run.folder import Lock
@@ -60,12 +59,7 @@ def demo(seed: int, folder: Path, config_path: Path, overrides: list[str]) -> di
         f"learner.seed={seed}",
     ]
     print("demo: training (vLLM generates, math-verify judges, DeepSpeed learns, all as Ray actors)", flush=True)
-    summary = train(load_config(config_path, [*places, *overrides]))
-    data = summary.as_json() | {"seconds_setup": round(setup, 1), "seconds": round(time.monotonic() - began, 1)}
-    (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
-    print(ending(summary))
-    print(f"demo: {data['seconds']} s in all")
-    return data
+    return finish("demo", train(load_config(config_path, [*places, *overrides])), folder, setup, began)
 
 
 if __name__ == "__main__":

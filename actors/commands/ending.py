@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from cures_ray.run.report import write_report
 from cures_ray.run.summary import RunSummary
+
+
+def finish(name: str, summary: RunSummary, folder: Path, setup: float, began: float) -> dict[str, Any]:
+    """The end of `make demo` and `make real`: ``summary.json`` in ``folder``, with the seconds of ``setup`` and of all
+    since ``began`` (monotonic), and the last lines."""
+    data = summary.as_json() | {"seconds_setup": round(setup, 1), "seconds": round(time.monotonic() - began, 1)}
+    (folder / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
+    print(ending(summary))
+    print(f"{name}: {data['seconds']} s in all")
+    return data
 
 
 def ending(summary: RunSummary) -> str:

@@ -8,13 +8,12 @@ A second call continues an interrupted run; the model folder is made once.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
 from actors.commands.cli import main as cures
-from actors.commands.ending import ending
+from actors.commands.ending import finish
 from cures_ray.config_load import load_config
 from cures_ray.messages import ConfigError, RunError
 
@@ -52,12 +51,7 @@ def real(folder: Path, config_path: Path, overrides: list[str]) -> dict[str, obj
 
     config = load_config(config_path, [f"model.path={model}", f"checkpoint.dir={run}", *overrides])
     print("real: training and evaluating by task (levels are tasks)", flush=True)
-    summary = train(config)
-    data = summary.as_json() | {"seconds_setup": round(setup, 1), "seconds": round(time.monotonic() - began, 1)}
-    (run / "summary.json").write_text(json.dumps(data, indent=1) + "\n")
-    print(ending(summary))
-    print(f"real: {data['seconds']} s in all")
-    return data
+    return finish("real", train(config), run, setup, began)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ class Finding:
     do: str
 
 
+Rule = Callable[[Records, Records], Finding | None]  # of steps and all records
+
+
 def read_records(run_dir: Path) -> list[dict[str, float]]:
     """The lines of ``metrics.jsonl`` that belong to a step; a torn last line is left out."""
     path, records = run_dir / "metrics.jsonl", []
@@ -107,17 +110,6 @@ def _entropy_collapse(steps: Records, _: Records) -> Finding | None:
     )
 
 
-def _faults(steps: Records, _: Records) -> Finding | None:
-    share = lately(steps, "curriculum/fault_fraction")
-    if share is None or share < 0.01:
-        return None
-    return Finding(
-        level="bad" if share > 0.1 else "watch",
-        what=f"{share:.1%} of the latest rollouts have no verdict (faults)",
-        do="read the first exceptions in the log and summary; raise verifier.timeout_s if they are timeouts",
-    )
-
-
 def _nothing_to_learn(steps: Records, _: Records) -> Finding | None:
     recent = steps[-WINDOW:]
     idle = sum(r.get("learner/skipped", 0.0) > 0 or r.get("learner/computed_share", 1.0) == 0.0 for r in recent)
@@ -128,17 +120,6 @@ def _nothing_to_learn(steps: Records, _: Records) -> Finding | None:
         level="bad",
         what=f"{idle} of the last {len(recent)} batches held nothing to learn (mean reward {reward:.2f})",
         do="the prompts are too hard or too easy, or verifier.fn expects another form of answer: read samples.jsonl",
-    )
-
-
-def _truncated(steps: Records, _: Records) -> Finding | None:
-    share = lately(steps, "rollout/truncated")
-    if share is None or share < 0.2:
-        return None
-    return Finding(
-        level="bad" if share > 0.6 else "watch",
-        what=f"{share:.0%} of the rollouts end at rollout.max_new_tokens",
-        do="raise rollout.max_new_tokens, or set algo.overlong_penalty_tokens",
     )
 
 
@@ -194,17 +175,6 @@ def _only_a_constant(_: Records, records: Records) -> Finding | None:
     )
 
 
-def _engine_mismatch(steps: Records, _: Records) -> Finding | None:
-    ratio = lately(steps, "learner/max_ratio")
-    if ratio is None or ratio < 20:
-        return None
-    return Finding(
-        level="watch",
-        what=f"generator and learner disagree by a factor of {ratio:.0f} on some token",
-        do="set rollout.dtype and learner.dtype to float32 to see whether it is rounding; keep algo.is_correction: tis",
-    )
-
-
 def _gradient_spike(steps: Records, _: Records) -> Finding | None:
     norms = series(steps, "learner/grad_norm")[-3 * WINDOW :]
     if len(norms) < ENOUGH or norms[-1] < 10 * max(float(np.median(norms)), 1e-12):
@@ -216,7 +186,43 @@ def _gradient_spike(steps: Records, _: Records) -> Finding | None:
     )
 
 
-RULES: list[Callable[[Records, Records], Finding | None]] = [
+def _too_high(
+    metric: str, watch: float, bad: float, what: str, do: str
+) -> Callable[[Records, Records], Finding | None]:
+    """The rule that the mean of ``metric`` over the last steps stays below ``watch``; above ``bad`` it is bad."""
+
+    def rule(steps: Records, _: Records) -> Finding | None:
+        value = lately(steps, metric)
+        if value is None or value < watch:
+            return None
+        return Finding(level="bad" if value > bad else "watch", what=what.format(value), do=do)
+
+    return rule
+
+
+_faults = _too_high(
+    "curriculum/fault_fraction",
+    watch=0.01,
+    bad=0.1,
+    what="{:.1%} of the latest rollouts have no verdict (faults)",
+    do="read the first exceptions in the log and summary; raise verifier.timeout_s if they are timeouts",
+)
+_truncated = _too_high(
+    "rollout/truncated",
+    watch=0.2,
+    bad=0.6,
+    what="{:.0%} of the rollouts end at rollout.max_new_tokens",
+    do="raise rollout.max_new_tokens, or set algo.overlong_penalty_tokens",
+)
+_engine_mismatch = _too_high(
+    "learner/max_ratio",
+    watch=20.0,
+    bad=float("inf"),
+    what="generator and learner disagree by a factor of {:.0f} on some token",
+    do="set rollout.dtype and learner.dtype to float32 to see whether it is rounding; keep algo.is_correction: tis",
+)
+
+RULES: list[Rule] = [
     _nothing_to_learn,
     _faults,
     _held_out_falls,

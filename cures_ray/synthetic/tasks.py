@@ -16,7 +16,7 @@
 
 All are made of *facts* (one look-up in an operation table). A ``Skill`` is a partly wrong set of tables: a base
 model supervised on its derivations starts bimodal, many prompts near 0 and many near 1, with room to repair
-(BENCHMARKS.md, "A testbed that was seen to work"). Variant N: a wrong entry per fact, little transfer between
+(docs/benchmarks.md, "How it is measured"). Variant N: a wrong entry per fact, little transfer between
 prompts. Variant T: one misconception per (operation, operand), so that skills transfer.
 """
 
@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -281,27 +281,19 @@ def solve_program(problem: Problem, skill: Skill | None, rng: np.random.Generato
     return CODE_OPEN + ",".join(parts) + CODE_CLOSE
 
 
+CHAIN = Task(
+    draw=draw_chain,
+    skill=chain_skill,
+    solve=solve_chain,
+    levels=CHAIN_LEVELS,
+    max_new_tokens=12,
+    sft_steps=240,
+    verifier="math",
+    gold=lambda _, answer: BOX + answer + "}",
+)
 TASKS: dict[str, Task] = {
-    "chain": Task(
-        draw=draw_chain,
-        skill=chain_skill,
-        solve=solve_chain,
-        levels=CHAIN_LEVELS,
-        max_new_tokens=12,
-        sft_steps=240,
-        verifier="math",
-        gold=lambda _, answer: BOX + answer + "}",
-    ),
-    "chain_opaque": Task(
-        draw=draw_opaque_chain,
-        skill=chain_skill,
-        solve=solve_chain,
-        levels=OPAQUE_LEVELS,
-        max_new_tokens=12,
-        sft_steps=1200,
-        verifier="math",
-        gold=lambda _, answer: BOX + answer + "}",
-    ),
+    "chain": CHAIN,
+    "chain_opaque": replace(CHAIN, draw=draw_opaque_chain, levels=OPAQUE_LEVELS, sft_steps=1200),
     "program": Task(
         draw=draw_program,
         skill=program_skill,
