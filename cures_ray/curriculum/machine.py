@@ -195,10 +195,9 @@ class Curriculum:
                 continue
             batch, tracked = entry
             tracked.settle(outcome)
-            key = (batch.number, tracked.lease.lease_id, tracked.lease.attempt)
-            self.pool.observe(
-                key, tracked.lease.prompt_index, outcome.rewards[outcome.valid], outcome.lag[outcome.valid]
-            )
+            lease, valid = tracked.lease, outcome.valid
+            key = (batch.number, lease.lease_id, lease.attempt)
+            self.pool.observe(key, lease.prompt_index, outcome.rewards[valid], outcome.lag[valid])
             batch.missing -= 1
             accepted[i] = True
             touched[batch.number] = batch
@@ -217,8 +216,8 @@ class Curriculum:
         return batch, tracked
 
     def give_back(self, keys: list[tuple[int, int]], reason: Discard) -> None:
-        """Unsettled or uncommitted leases: their rollouts end as discarded(reason) and they are issued again
-        under the next attempt. What a settled one told stays in the beliefs. Unknown keys change nothing."""
+        """Unsettled or uncommitted leases: their rollouts end as discarded(reason), and they are issued again under the
+        next attempt. What a settled one told stays in the beliefs. Unknown keys change nothing."""
         began = time.perf_counter()
         for lease_id, attempt in keys:
             batch, tracked = self._tracked.get(lease_id, (None, None))
@@ -230,8 +229,7 @@ class Curriculum:
             n = tracked.lease.n
             self.accounting.planned += n
             self._discard(reason, n)
-            again = replace(tracked.lease, attempt=attempt + 1)
-            fresh = TrackedLease.fresh(again, tracked.role, tracked.draws)
+            fresh = TrackedLease.fresh(replace(tracked.lease, attempt=attempt + 1), tracked.role, tracked.draws)
             batch.leases[batch.leases.index(tracked)] = fresh
             self._tracked[lease_id] = (batch, fresh)
             heapq.heappush(self._queue, lease_id)
