@@ -20,8 +20,8 @@ def head_node(
 ) -> Iterator[Cluster]:
     """A node with the custom resource "first"; this process is connected to it."""
     os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests/integration'}:{os.environ.get('PYTHONPATH', '')}"
-    mode = os.environ.get("RAY_AUTH_MODE")
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # a token of this process or this user: some nodes would ask for it
+    undecided = "RAY_AUTH_MODE" not in os.environ  # an earlier Ray of this process has decided
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else nodes that find a token at home would ask for it
     folder = tempfile.mkdtemp(prefix="cr", dir="/tmp")  # short: sockets' paths are at most 107 characters long
     cluster = Cluster(
         initialize_head=True,
@@ -41,9 +41,8 @@ def head_node(
         ray.shutdown()
         cluster.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
-        os.environ.pop("RAY_AUTH_MODE")
-        if mode is not None:
-            os.environ["RAY_AUTH_MODE"] = mode
+        if undecided:
+            os.environ.pop("RAY_AUTH_MODE")
 
 
 @contextmanager
