@@ -24,7 +24,7 @@ from cures_ray.loop.ports import WorkerLost
 from cures_ray.messages import ConfigError
 from cures_ray.synthetic.base_model import main as prepare
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 ROOM_GIB = 0.7  # that a node's actors may take before Ray kills one
 
 
@@ -38,7 +38,7 @@ def cluster():
     with head_node(cpus=4, system_config=settings) as head:
 
         def add(resources: dict, **env: str) -> WorkerNode:
-            nodes.append(WorkerNode(head.address, 2, resources, RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="150", **env))
+            nodes.append(WorkerNode(head.address, 2, resources, RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="600", **env))
             return nodes[-1]
 
         monitor = {"RAY_memory_usage_threshold": f"{limit:.4f}", "RAY_memory_monitor_refresh_ms": "100"}

@@ -50,7 +50,7 @@ def play(run_dir, *acts) -> threading.Thread:
 
     def work():
         for holds, act in acts:
-            deadline = time.monotonic() + 200
+            deadline = time.monotonic() + 300
             while not holds(_safely(run_dir)):
                 if time.monotonic() > deadline:
                     interrupt()
