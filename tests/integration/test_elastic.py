@@ -24,7 +24,7 @@ from cures_ray.loop.ports import WorkerLost
 from cures_ray.messages import ConfigError
 from cures_ray.synthetic.base_model import main as prepare
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(900)]
 ROOM_GIB = 0.7  # that a node's actors may take before Ray kills one
 
 
